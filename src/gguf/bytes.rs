@@ -1,0 +1,97 @@
+//! Where bytes come from: a mapped file, the program itself, or memory.
+
+use std::fs::File;
+use std::ops::{Deref, Range};
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::error::{Error, Result};
+
+/// A cheap, shared view of bytes. Cloning and slicing copy nothing.
+#[derive(Clone)]
+pub struct Bytes {
+    source: Source,
+    range: Range<usize>,
+}
+
+#[derive(Clone)]
+enum Source {
+    Map(Arc<Mmap>),
+    Static(&'static [u8]),
+    Owned(Arc<[u8]>),
+}
+
+impl Bytes {
+    /// Maps a regular file, read-only.
+    pub fn map(path: &Path) -> Result<Bytes> {
+        let fail = |e: std::io::Error| Error::File(io_text(&e));
+        // Asked of the name, before opening: opening a FIFO would block.
+        let kind = std::fs::metadata(path).map_err(fail)?.file_type();
+        if kind.is_dir() {
+            crate::bad_file!("is a directory; a GGUF file is needed");
+        }
+        if !kind.is_file() {
+            crate::bad_file!("is not a regular file");
+        }
+        let file = File::open(path).map_err(fail)?;
+        if file.metadata().map_err(fail)?.len() == 0 {
+            crate::bad_file!("file is empty");
+        }
+        // SAFETY: the map is read-only and private to this process. Another process that shortens
+        // the file while it is mapped makes reads fault; that is the known price of mapping, paid
+        // by every runtime that maps weights, and cannot lead to a write.
+        #[allow(unsafe_code)]
+        let map = unsafe { Mmap::map(&file) }.map_err(fail)?;
+        let range = 0..map.len();
+        Ok(Bytes { source: Source::Map(Arc::new(map)), range })
+    }
+
+    /// The part of these bytes at `range`; `None` when it reaches outside.
+    pub fn slice(&self, range: Range<usize>) -> Option<Bytes> {
+        self.get(range.clone())?;
+        let start = self.range.start;
+        Some(Bytes { source: self.source.clone(), range: start + range.start..start + range.end })
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        let all: &[u8] = match &self.source {
+            Source::Map(map) => map,
+            Source::Static(bytes) => bytes,
+            Source::Owned(bytes) => bytes,
+        };
+        &all[self.range.clone()]
+    }
+}
+
+impl From<&'static [u8]> for Bytes {
+    fn from(bytes: &'static [u8]) -> Bytes {
+        Bytes { source: Source::Static(bytes), range: 0..bytes.len() }
+    }
+}
+
+impl From<Vec<u8>> for Bytes {
+    fn from(bytes: Vec<u8>) -> Bytes {
+        let range = 0..bytes.len();
+        Bytes { source: Source::Owned(bytes.into()), range }
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Bytes({})", self.len())
+    }
+}
+
+/// An operating-system error without its number: "No such file or directory".
+pub(super) fn io_text(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    match text.find(" (os error") {
+        Some(end) => text[..end].to_string(),
+        None => text,
+    }
+}

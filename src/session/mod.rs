@@ -1,0 +1,3 @@
+//! One timeline of tokens: prompt, step, sample.
+
+pub mod sampler;

@@ -1,0 +1,3 @@
+//! Text to token ids and back, and messages to text.
+
+pub mod template;
