@@ -1,1 +1,105 @@
+//! Tensor formats against the independent reader in the PyPI package `gguf`: `tests/golden/quant.py`.
 
+use qkov::quant::{FORMATS, Format, dot_f32, format_of};
+
+static GOLDEN: &[u8] = include_bytes!("../golden/quant.bin");
+
+/// Lengths that a vectorised loop gets wrong.
+const TAILS: [usize; 18] = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 67, 127, 129, 193, 255, 600];
+
+struct Record {
+    format: &'static Format,
+    bytes: Vec<u8>,
+    values: Vec<f32>,
+}
+
+fn records() -> Vec<Record> {
+    let mut rest = GOLDEN;
+    let mut take = |n: usize| {
+        let (head, tail) = rest.split_at(n);
+        rest = tail;
+        (head.to_vec(), tail.is_empty())
+    };
+    let mut out = Vec::new();
+    loop {
+        let (header, _) = take(16);
+        let field = |i: usize| u32::from_le_bytes(header[4 * i..4 * i + 4].try_into().unwrap());
+        let [id, len, n_bytes, n] = [0, 1, 2, 3].map(field);
+        let format = format_of(id).unwrap_or_else(|| panic!("no format with number {id}"));
+        assert_eq!(format.ty.block_len, len as usize, "{}", format.ty.name);
+        assert_eq!(format.ty.block_bytes, n_bytes as usize, "{}", format.ty.name);
+        let (bytes, _) = take((n * n_bytes) as usize);
+        let (values, end) = take((n * len * 4) as usize);
+        let values = values.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        out.push(Record { format, bytes, values });
+        if end {
+            return out;
+        }
+    }
+}
+
+/// Every format, or the test fails: a new entry needs golden blocks.
+fn each(mut check: impl FnMut(Record)) {
+    let records = records();
+    for format in FORMATS {
+        let found = records.iter().filter(|r| r.format.ty.id == format.ty.id).count();
+        assert_eq!(found, 1, "{} has no golden blocks", format.ty.name);
+    }
+    records.into_iter().for_each(&mut check);
+}
+
+#[test]
+fn dequantizes_to_the_same_bits() {
+    each(|Record { format, bytes, values }| {
+        let mut out = vec![f32::NAN; values.len()];
+        format.dequantize(&bytes, &mut out);
+        for (i, (ours, theirs)) in out.iter().zip(&values).enumerate() {
+            assert_eq!(
+                ours.to_bits(),
+                theirs.to_bits(),
+                "{} element {i}: {ours} {theirs}",
+                format.ty.name
+            );
+        }
+    });
+}
+
+#[test]
+fn reads_at_any_address() {
+    each(|Record { format, bytes, values }| {
+        for shift in 1..4 {
+            let moved = [&vec![0xAA; shift][..], &bytes].concat();
+            let mut out = vec![0.0; values.len()];
+            format.dequantize(&moved[shift..], &mut out);
+            assert!(out == values, "{} at {shift}", format.ty.name);
+        }
+    });
+}
+
+#[test]
+fn dot_is_the_sum_of_products() {
+    each(|Record { format, bytes, values }| {
+        let x: Vec<f32> =
+            (0..values.len()).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect();
+        let block = format.ty.block_len;
+        let lengths =
+            TAILS.into_iter().filter(|n| n % block == 0).chain((1..=8).map(|n| n * block));
+        for n in lengths {
+            let row = &bytes[..format.row_bytes(n)];
+            let (values, x) = (&values[..n], &x[..n]);
+            let products = || values.iter().zip(x).map(|(v, x)| f64::from(*v) * f64::from(*x));
+            let exact: f64 = products().sum();
+            // Half a unit per product and per addition in a lane.
+            let bound = products().map(f64::abs).sum::<f64>() * 1.2e-7 * (n as f64 / 16.0 + 6.0);
+            // Subnormal numbers are whole multiples of the smallest.
+            let bound = bound + n as f64 * 1.5e-45;
+            let got = format.dot(row, x);
+            assert!(
+                (f64::from(got) - exact).abs() <= bound,
+                "{} of {n}: {got} {exact}",
+                format.ty.name
+            );
+            assert_eq!(got.to_bits(), dot_f32(values, x).to_bits(), "{} of {n}", format.ty.name);
+        }
+    });
+}
