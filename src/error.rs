@@ -53,6 +53,18 @@ pub fn escaped(text: &str) -> String {
         .collect()
 }
 
+/// Longest name from inside a file that a message repeats, in characters.
+const MAX_EXCERPT: usize = 64;
+
+/// The beginning of a text from a file, [`escaped`]: a message stays one readable line, however
+/// long the text is.
+pub fn excerpt(text: &str) -> String {
+    match text.char_indices().nth(MAX_EXCERPT) {
+        Some((end, _)) => format!("{}...", escaped(&text[..end])),
+        None => escaped(text),
+    }
+}
+
 /// `Err(Error::File(format!(..)))`, for the many checks of a loader.
 #[macro_export]
 macro_rules! bad_file {

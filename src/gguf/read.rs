@@ -4,22 +4,19 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
+use super::cursor::{Cursor, MAX_STRING};
 use super::value::{Array, Value, ValueType};
-use super::{Bytes, DEFAULT_ALIGNMENT, MAGIC, VERSIONS, split};
+use super::{
+    Bytes, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, VERSIONS, check_alignment,
+    data_size, split,
+};
 use crate::bad_file;
-use crate::error::{Error, Result, escaped};
+use crate::error::{Error, Result, excerpt};
 use crate::quant::{self, Type};
 
-/// Longest string that is accepted, in bytes.
-const MAX_STRING: u64 = 64 << 20;
-/// Most elements that an array may have.
-const MAX_ARRAY: u64 = 64 << 20;
-/// Largest `general.alignment` that is accepted, in bytes.
-const MAX_ALIGNMENT: u64 = 65_536;
-/// Most dimensions of a tensor.
-const MAX_DIMS: u32 = 4;
-/// Longest tensor name, in bytes.
-const MAX_NAME: u64 = 1024;
+/// Most pairs, and most tensors, that a file may have. The table of either in memory is several
+/// times as large as in the file, so the bytes that are left do not bound it well enough.
+const MAX_COUNT: u64 = 1 << 17;
 
 /// An open GGUF file, all its parts together: typed metadata and the table of tensors.
 pub struct Gguf {
@@ -128,6 +125,7 @@ impl Gguf {
                 split::Part::Other(gguf) => gguf,
             };
             parts.extend(gguf.parts);
+            self.warnings.extend(gguf.warnings);
             all.extend(gguf.tensors.into_iter().map(|t| Tensor { part: parts.len() - 1, ..t }));
             // The first part carries the metadata of the model.
             if parts.len() == 1 {
@@ -141,7 +139,7 @@ impl Gguf {
             if self.by_name.insert(tensor.name.clone(), i).is_some() {
                 bad_file!(
                     "tensor \"{}\" is in two parts of the split model",
-                    escaped(&tensor.name)
+                    excerpt(&tensor.name)
                 );
             }
         }
@@ -151,7 +149,7 @@ impl Gguf {
 
     fn read_entry(&mut self, at: &mut Cursor) -> Result<()> {
         let start = at.pos;
-        let key = at.string("key", 65_535)?;
+        let key = at.string("key", MAX_KEY)?;
         if key.is_empty() {
             bad_file!("empty metadata key at byte {start}");
         }
@@ -159,7 +157,7 @@ impl Gguf {
             Ok(key) => key.to_string(),
             Err(_) => bad_file!("metadata key at byte {start} is not UTF-8"),
         };
-        let shown = escaped(&key);
+        let shown = excerpt(&key);
         let type_at = at.pos;
         let id = at.u32("value type")?;
         let Some(ty) = ValueType::from_id(id) else {
@@ -205,11 +203,7 @@ impl Gguf {
                 other.value_type().name()
             ),
         };
-        if !value.is_power_of_two() || value > MAX_ALIGNMENT {
-            bad_file!(
-                "general.alignment = {value}; must be a power of two, at most {MAX_ALIGNMENT}"
-            );
-        }
+        check_alignment(value).map_err(Error::File)?;
         Ok(value)
     }
 
@@ -226,7 +220,7 @@ impl Gguf {
         let Some(data) = padded(header_end as u64) else { bad_file!("header does not end") };
         let (mut expected, mut needed) = (0u64, header_end as u64);
         for (i, (mut tensor, offset, n_bytes)) in infos.into_iter().enumerate() {
-            let shown = escaped(&tensor.name);
+            let shown = excerpt(&tensor.name);
             if offset != expected {
                 bad_file!(
                     "tensor \"{shown}\": offset {offset}, but the data before it ends at {expected}"
@@ -240,13 +234,16 @@ impl Gguf {
             let Some(end) = start.checked_add(n_bytes) else {
                 bad_file!("tensor \"{shown}\": byte {start} + {n_bytes} bytes overflows");
             };
-            if end > file_len as u64 {
+            // A tensor without data may lie behind the last byte: its padding can be missing.
+            if end > file_len as u64 && n_bytes > 0 {
                 bad_file!(
                     "file is incomplete: tensor \"{shown}\" needs bytes {start}..{end}, the file has {file_len}"
                 );
             }
-            (expected, needed) = (next, end);
-            tensor.range = start as usize..end as usize;
+            (expected, needed) = (next, needed.max(end));
+            if n_bytes > 0 {
+                tensor.range = start as usize..end as usize;
+            }
             if self.by_name.insert(tensor.name.clone(), i).is_some() {
                 bad_file!("duplicate tensor \"{shown}\"");
             }
@@ -310,10 +307,11 @@ impl Gguf {
     pub fn f32(&self, key: &str) -> Result<Option<f32>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let Some(number) = value.float() else { return Err(wrong_type(key, "a float", value)) };
-        if !number.is_finite() {
-            bad_file!("key \"{key}\" = {number}; must be finite");
+        // After the conversion, so that an f64 beyond the range of f32 does not become infinite.
+        match number as f32 {
+            narrow if narrow.is_finite() => Ok(Some(narrow)),
+            _ => bad_file!("key \"{key}\" = {number}; must be finite and fit f32"),
         }
-        Ok(Some(number as f32))
     }
 
     /// A bool, if the key is there.
@@ -376,11 +374,9 @@ fn header(at: &mut Cursor) -> Result<(u32, u64, u64)> {
     // The shortest pair has 14 bytes, the shortest line of the tensor table 25.
     let left = at.left();
     for (name, count, min) in [("n_kv", n_kv, 14), ("n_tensors", n_tensors, 25)] {
-        if count > left / min {
-            bad_file!(
-                "{name} = {count}, but at most {} fit in the remaining {left} bytes",
-                left / min
-            );
+        let fit = (left / min).min(MAX_COUNT);
+        if count > fit {
+            bad_file!("{name} = {count}; in the remaining {left} bytes {fit} are allowed");
         }
     }
     Ok((version, n_tensors, n_kv))
@@ -414,7 +410,7 @@ fn read_tensor(at: &mut Cursor) -> Result<(Tensor, u64, u64)> {
         Ok(name) => name.to_string(),
         Err(_) => bad_file!("tensor name at byte {start} is not UTF-8"),
     };
-    let shown = escaped(&name);
+    let shown = excerpt(&name);
     let n_dims = at.u32("number of dimensions")?;
     if n_dims > MAX_DIMS {
         bad_file!("tensor \"{shown}\" has {n_dims} dimensions; allowed 0..={MAX_DIMS}");
@@ -433,105 +429,7 @@ fn read_tensor(at: &mut Cursor) -> Result<(Tensor, u64, u64)> {
         bad_file!("tensor \"{shown}\": unknown tensor type {id} at byte {}", at.pos - 4);
     };
     let offset = at.u64("tensor offset")?;
-    let total =
-        dims.iter().try_fold(1u64, |n, d| n.checked_mul(*d)).filter(|n| *n <= i64::MAX as u64);
-    let Some(total) = total else {
-        bad_file!("tensor \"{shown}\": {dims:?} elements overflow");
-    };
-    let row = dims.first().copied().unwrap_or(1);
-    if row % ty.block_len as u64 != 0 {
-        bad_file!(
-            "tensor \"{shown}\": rows of {row} are not whole blocks of {} ({})",
-            ty.block_len,
-            ty.name
-        );
-    }
-    let n_bytes = (total / ty.block_len as u64).checked_mul(ty.block_bytes as u64);
-    let Some(n_bytes) = n_bytes.filter(|n| *n <= i64::MAX as u64) else {
-        bad_file!("tensor \"{shown}\": {total} elements of {} overflow in bytes", ty.name);
-    };
+    let n_bytes = data_size(ty, &dims)
+        .map_err(|text| Error::File(format!("tensor \"{shown}\" at byte {start}: {text}")))?;
     Ok((Tensor { name, ty, dims, part: 0, range: 0..0 }, offset, n_bytes))
-}
-
-/// A position in the header; every read checks that its bytes are there.
-struct Cursor<'a> {
-    bytes: &'a [u8],
-    pos: usize,
-}
-
-impl<'a> Cursor<'a> {
-    fn left(&self) -> u64 {
-        (self.bytes.len() - self.pos) as u64
-    }
-
-    fn take(&mut self, n: u64, what: &str) -> Result<&'a [u8]> {
-        if n > self.left() {
-            bad_file!(
-                "truncated: {what} at byte {} has {n} bytes, the file has {} left",
-                self.pos,
-                self.left()
-            );
-        }
-        let bytes = &self.bytes[self.pos..self.pos + n as usize];
-        self.pos += n as usize;
-        Ok(bytes)
-    }
-
-    fn u32(&mut self, what: &str) -> Result<u32> {
-        let bytes = self.take(4, what)?;
-        Ok(u32::from_le_bytes(bytes.try_into().unwrap_or_default()))
-    }
-
-    fn u64(&mut self, what: &str) -> Result<u64> {
-        let bytes = self.take(8, what)?;
-        Ok(u64::from_le_bytes(bytes.try_into().unwrap_or_default()))
-    }
-
-    fn string(&mut self, what: &str, max: u64) -> Result<&'a [u8]> {
-        let start = self.pos;
-        let len = self.u64(what)?;
-        if len > max {
-            bad_file!("{what} at byte {start}: length {len}, allowed {max}");
-        }
-        self.take(len, what)
-    }
-
-    /// The element type, length and place of an array that is checked to be complete.
-    fn array(&mut self, key: &str) -> Result<(ValueType, usize, Range<usize>)> {
-        let start = self.pos;
-        let id = self.u32("array element type")?;
-        let len = self.u64("array length")?;
-        let element = match ValueType::from_id(id) {
-            Some(ValueType::Array) => {
-                bad_file!("key \"{key}\" at byte {start}: arrays of arrays are not supported")
-            }
-            Some(element) => element,
-            None => bad_file!(
-                "key \"{key}\" at byte {start}: unknown array element type {id}; allowed 0..=12"
-            ),
-        };
-        let min = element.size().unwrap_or(8) as u64;
-        if len > MAX_ARRAY || len * min > self.left() {
-            bad_file!(
-                "key \"{key}\" at byte {start}: array of {len} x {min} bytes does not fit in the \
-                 remaining {} bytes (at most {MAX_ARRAY} elements)",
-                self.left()
-            );
-        }
-        let begin = self.pos;
-        match element {
-            ValueType::String => {
-                for _ in 0..len {
-                    self.string("string in an array", MAX_STRING)?;
-                }
-            }
-            _ => {
-                let bytes = self.take(len * min, "array")?;
-                if element == ValueType::Bool && bytes.iter().any(|b| *b > 1) {
-                    bad_file!("key \"{key}\" at byte {start}: bools must be 0 or 1");
-                }
-            }
-        }
-        Ok((element, len as usize, begin..self.pos))
-    }
 }

@@ -29,8 +29,10 @@ pub(super) fn other_parts(this: &Gguf, path: &Path) -> Result<Option<Parts>> {
     if count > MAX_PARTS {
         bad_file!("split.count = {count}; allowed 1..={MAX_PARTS}");
     }
-    let Some(no) = this.u32("split.no")?.filter(|no| *no < count) else {
-        bad_file!("split.no is missing or not below split.count = {count}");
+    let no = match this.u32("split.no")? {
+        Some(no) if no < count => no,
+        Some(no) => bad_file!("split.no = {no}; allowed 0..={}", count - 1),
+        None => bad_file!("split.no is missing; split.count = {count}"),
     };
     let mut parts = Vec::new();
     let mut n_tensors = this.tensors().len();
@@ -49,11 +51,12 @@ pub(super) fn other_parts(this: &Gguf, path: &Path) -> Result<Option<Parts>> {
         }
         let read = || -> Result<Gguf> {
             let gguf = Gguf::parse(Bytes::map(&sibling)?)?;
-            let (found, of) = (gguf.u32("split.no")?, gguf.u32("split.count")?);
-            if (found, of) != (Some(i), Some(count)) {
-                bad_file!(
-                    "split.no and split.count are {found:?} and {of:?}; expected {i} and {count}"
-                );
+            for (key, expected) in [("split.no", i), ("split.count", count)] {
+                match gguf.u32(key)? {
+                    Some(n) if n == expected => {}
+                    Some(n) => bad_file!("{key} = {n}; expected {expected}"),
+                    None => bad_file!("{key} is missing; expected {expected}"),
+                }
             }
             Ok(gguf)
         };

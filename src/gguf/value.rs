@@ -154,6 +154,25 @@ impl<'a> Value<'a> {
     }
 }
 
+macro_rules! from {
+    ($($rust:ty => $variant:ident),*) => {$(
+        impl<'a> From<$rust> for Value<'a> {
+            fn from(value: $rust) -> Value<'a> {
+                Value::$variant(value)
+            }
+        }
+    )*};
+}
+
+from!(u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, u64 => U64, i64 => I64,
+    f32 => F32, f64 => F64, bool => Bool, &'a [u8] => String, Array<'a> => Array);
+
+impl<'a> From<&'a str> for Value<'a> {
+    fn from(text: &'a str) -> Value<'a> {
+        Value::String(text.as_bytes())
+    }
+}
+
 /// An array of one element type, still as the bytes of the file.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Array<'a> {
