@@ -1,0 +1,204 @@
+//! Architectures as data: GGUF metadata in, [`Hparams`] out. No graph lives here.
+//!
+//! An entry is one file that fills [`Hparams`]; engines read only that, and never the name.
+
+mod gpt2;
+mod keys;
+mod llama;
+mod qwen2;
+
+pub use keys::Keys;
+
+use crate::bad_file;
+use crate::error::{Result, excerpt};
+use crate::gguf::Gguf;
+
+/// A family of models and how its metadata is read.
+pub struct Arch {
+    /// The value of `general.architecture`, and the prefix of its keys.
+    pub name: &'static str,
+    /// Fills the hyper-parameters; the model's `n_vocab` is set by the caller.
+    pub read: fn(&Keys) -> Result<Hparams>,
+}
+
+/// Every architecture that can run.
+pub static ARCHS: &[Arch] = &[llama::ARCH, qwen2::ARCH, gpt2::ARCH];
+
+/// Everything an engine must know about a model besides its weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Hparams {
+    /// The architecture's name, for people.
+    pub arch: &'static str,
+    /// Entries of the vocabulary, and rows of `token_embd`.
+    pub n_vocab: usize,
+    /// Width of the residual stream.
+    pub n_embd: usize,
+    /// Longest context that the model was trained for, in tokens.
+    pub n_ctx_train: usize,
+    /// What differs between layers; its length is the number of layers.
+    pub layers: Vec<LayerHparams>,
+    /// Width of a query and key head.
+    pub key_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
+    /// Factor on query-key products, usually `1 / sqrt(key_dim)`.
+    pub attn_scale: f32,
+    /// `cap * tanh(score / cap)` on scores (Gemma 2, arXiv 2408.00118).
+    pub attn_softcap: Option<f32>,
+    /// `cap * tanh(logit / cap)` on logits.
+    pub final_softcap: Option<f32>,
+    /// The kind of every norm.
+    pub norm: Norm,
+    /// Whether heads of queries and keys are normed before rotation: `attn_q_norm`, `attn_k_norm`.
+    pub qk_norm: bool,
+    /// Whether the outputs of attention and FFN are normed before they are added:
+    /// `post_attention_norm`, `post_ffw_norm`.
+    pub post_norm: bool,
+    /// Whether attention and FFN both read the normed input of the layer.
+    pub parallel: bool,
+    /// Whether positions come from a learned table, `position_embd`.
+    pub learned_positions: bool,
+    /// Rotation of queries and keys.
+    pub rope: Option<Rope>,
+    /// Whether queries, keys and values share one tensor, `attn_qkv`.
+    pub fused_qkv: bool,
+    /// Bias of `attn_q`, `attn_k`, `attn_v` (or `attn_qkv`).
+    pub qkv_bias: Bias,
+    /// Bias of `attn_output`.
+    pub attn_output_bias: Bias,
+    /// Bias of the FFN's matrices.
+    pub ffn_bias: Bias,
+    /// The FFN's nonlinearity.
+    pub activation: Activation,
+    /// Whether the FFN multiplies the activation of `ffn_gate` with `ffn_up`.
+    pub ffn_gated: bool,
+    /// Factor on token embeddings.
+    pub embedding_scale: f32,
+    /// Factor on what attention and FFN add to the residual stream.
+    pub residual_scale: f32,
+    /// Factor on logits.
+    pub logit_scale: f32,
+}
+
+/// What may differ from layer to layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerHparams {
+    /// Query heads.
+    pub n_head: usize,
+    /// Key and value heads; divides `n_head`.
+    pub n_head_kv: usize,
+    /// Width of the FFN.
+    pub n_ff: usize,
+    /// Whether this layer rotates, in a model that does.
+    pub rotates: bool,
+    /// Keys that a query sees, itself included; `None` is all.
+    pub window: Option<usize>,
+}
+
+/// A norm: `x / rms(x) * weight`, or `(x - mean) / std * weight + bias`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Norm {
+    /// Which of the two.
+    pub kind: NormKind,
+    /// Added to the variance.
+    pub eps: f32,
+    /// Whether a bias follows.
+    pub bias: bool,
+}
+
+/// Kinds of norms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// Root mean square (arXiv 1910.07467).
+    Rms,
+    /// Mean and variance (arXiv 1607.06450).
+    Layer,
+}
+
+/// Whether a matrix has a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bias {
+    /// Never; one in the file is unknown.
+    Never,
+    /// If the file has one.
+    Optional,
+    /// The file must have one.
+    Required,
+}
+
+/// Nonlinearities of the FFN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// GELU in its tanh approximation (arXiv 1606.08415).
+    GeluTanh,
+}
+
+/// Rotary position embedding (RoFormer, arXiv 2104.09864).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// Which elements form a pair.
+    pub pairing: Pairing,
+    /// Elements of a head that are rotated; the rest pass.
+    pub dim: usize,
+    /// Base of the wavelengths.
+    pub base: f32,
+    /// How frequencies are changed for longer contexts.
+    pub scaling: Scaling,
+}
+
+/// Which two elements rotate together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairing {
+    /// `2i` and `2i + 1`.
+    Adjacent,
+    /// `i` and `i + dim / 2` (GPT-NeoX).
+    Half,
+}
+
+/// Changes of the rotation's frequencies. Divisors per frequency, such as Llama 3's, come as the
+/// tensor `rope_freqs` instead.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Scaling {
+    /// As trained.
+    None,
+    /// Positions divided by a factor (arXiv 2306.15595).
+    Linear {
+        /// The divisor.
+        factor: f32,
+    },
+    /// Interpolation by wavelength, and warmer attention (YaRN, arXiv 2309.00071).
+    Yarn {
+        /// The divisor of long wavelengths.
+        factor: f32,
+        /// The context before extension.
+        n_ctx_orig: usize,
+        /// Factor on queries and keys besides the paper's own.
+        attn_factor: f32,
+        /// Rotations over the context above which a frequency stays.
+        beta_fast: f32,
+        /// Rotations over the context below which it is divided in full.
+        beta_slow: f32,
+    },
+}
+
+impl Hparams {
+    /// Reads the hyper-parameters of a file whose vocabulary has `n_vocab` entries.
+    pub fn read(gguf: &Gguf, n_vocab: usize) -> Result<Hparams> {
+        let known = || ARCHS.iter().map(|a| a.name).collect::<Vec<_>>().join(", ");
+        let Some(name) = gguf.str("general.architecture")? else {
+            bad_file!("no key \"general.architecture\"; known architectures: {}", known());
+        };
+        let Some(arch) = ARCHS.iter().find(|a| a.name == name) else {
+            bad_file!("architecture \"{}\" is not supported; known: {}", excerpt(name), known());
+        };
+        let hparams = (arch.read)(&Keys::new(gguf, arch.name))?;
+        Ok(Hparams { n_vocab, ..hparams })
+    }
+
+    /// Number of layers.
+    pub fn n_layer(&self) -> usize {
+        self.layers.len()
+    }
+}

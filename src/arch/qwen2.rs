@@ -1,0 +1,14 @@
+//! Qwen 1.5, 2 and 2.5 (arXiv 2407.10671): Llama's shape, biases on queries, keys and values.
+
+use super::*;
+
+pub(super) const ARCH: Arch = Arch { name: "qwen2", read };
+
+fn read(keys: &Keys) -> Result<Hparams> {
+    Ok(Hparams {
+        qkv_bias: Bias::Required,
+        attn_output_bias: Bias::Never,
+        ffn_bias: Bias::Never,
+        ..llama::decoder(keys, Pairing::Half)?
+    })
+}

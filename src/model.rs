@@ -1,0 +1,351 @@
+//! Opening a model: parse, read hyper-parameters, bind and check every tensor, plan attention.
+//!
+//! A [`Model`] is plain data. Weights stay in the mapped file in their own format; only norms and
+//! biases are read into memory.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use crate::arch::{Bias, Hparams, LayerHparams};
+use crate::attention::Attention;
+use crate::bad_file;
+use crate::error::{Result, excerpt};
+use crate::gguf::{Bytes, Gguf};
+use crate::plan::Plan;
+use crate::quant::{self, Format};
+use crate::token::Tokenizer;
+
+/// A model, ready for an engine.
+pub struct Model {
+    /// Its hyper-parameters.
+    pub hparams: Hparams,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// What every layer and head uses.
+    pub plan: Plan,
+    /// Attention of every layer, bound to the plan.
+    pub attention: Vec<Attention>,
+    /// Embeddings of tokens. `[n_vocab, n_embd]`
+    pub token_embd: Weight,
+    /// Embeddings of positions. `[n_ctx_train, n_embd]`
+    pub position_embd: Option<Weight>,
+    /// Divisors of the rotation's frequencies. `[rope.dim / 2]`
+    pub rope_freqs: Option<Vec<f32>>,
+    /// The layers, first to last.
+    pub layers: Vec<Layer>,
+    /// The norm before the output. `[n_embd]`
+    pub output_norm: NormWeight,
+    /// The output; `token_embd` when the file has no other. `[n_vocab, n_embd]`
+    pub output: Weight,
+    /// The file's metadata and tensor table.
+    pub gguf: Gguf,
+    /// Things worth telling that do not prevent use.
+    pub warnings: Vec<String>,
+}
+
+/// The weights of one layer. `h`: query heads, `k`: kv heads.
+pub struct Layer {
+    /// `[n_embd]`
+    pub attn_norm: NormWeight,
+    /// `[h * key_dim, n_embd]`
+    pub attn_q: Linear,
+    /// `[k * key_dim, n_embd]`
+    pub attn_k: Linear,
+    /// `[k * value_dim, n_embd]`
+    pub attn_v: Linear,
+    /// `[n_embd, h * value_dim]`
+    pub attn_output: Linear,
+    /// Norms of each head's query and key. `[key_dim]`
+    pub qk_norm: Option<(NormWeight, NormWeight)>,
+    /// `[n_embd]`
+    pub post_attention_norm: Option<NormWeight>,
+    /// Absent where attention and FFN share a norm. `[n_embd]`
+    pub ffn_norm: Option<NormWeight>,
+    /// `[n_ff, n_embd]`
+    pub ffn_gate: Option<Linear>,
+    /// `[n_ff, n_embd]`
+    pub ffn_up: Linear,
+    /// `[n_embd, n_ff]`
+    pub ffn_down: Linear,
+    /// `[n_embd]`
+    pub post_ffw_norm: Option<NormWeight>,
+}
+
+/// A matrix in its format: `n_out` rows of `n_in` elements.
+#[derive(Clone)]
+pub struct Weight {
+    /// How a row is read.
+    pub format: &'static Format,
+    /// Elements of a row.
+    pub n_in: usize,
+    /// Rows.
+    pub n_out: usize,
+    bytes: Bytes,
+}
+
+/// A matrix with its bias. `[n_out]`
+pub struct Linear {
+    /// The matrix.
+    pub weight: Weight,
+    /// Added to its product.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// A norm's gain and bias.
+pub struct NormWeight {
+    /// Factor per element.
+    pub weight: Vec<f32>,
+    /// Added per element.
+    pub bias: Option<Vec<f32>>,
+}
+
+impl Weight {
+    /// The bytes of one row.
+    pub fn row(&self, i: usize) -> &[u8] {
+        let n = self.format.row_bytes(self.n_in);
+        &self.bytes[i * n..(i + 1) * n]
+    }
+
+    /// Rows `start..start + n_out` as a matrix of their own.
+    fn rows(&self, start: usize, n_out: usize) -> Option<Weight> {
+        let n = self.format.row_bytes(self.n_in);
+        let bytes = self.bytes.slice(start * n..(start + n_out) * n)?;
+        Some(Weight { n_out, bytes, ..self.clone() })
+    }
+}
+
+impl Model {
+    /// Opens the model at `path`.
+    pub fn open(path: &Path) -> Result<Model> {
+        Model::from_gguf(Gguf::open(path)?).map_err(|e| e.at(path))
+    }
+
+    /// Builds the model of an open file.
+    pub fn from_gguf(gguf: Gguf) -> Result<Model> {
+        let n_vocab = gguf.array("tokenizer.ggml.tokens")?.map_or(0, |tokens| tokens.len);
+        // Before the tokenizer, so that an unknown architecture is what the user reads.
+        let hparams = Hparams::read(&gguf, n_vocab)?;
+        let tokenizer = Tokenizer::from_gguf(&gguf)?;
+        if let Some(stated) = gguf.u32(&format!("{}.vocab_size", hparams.arch))?
+            && stated as usize != n_vocab
+        {
+            bad_file!(
+                "{}.vocab_size = {stated}, but the vocabulary has {n_vocab} tokens",
+                hparams.arch
+            );
+        }
+        let mut bind = Binder { gguf: &gguf, used: HashSet::new() };
+        let (e, hp) = (hparams.n_embd, &hparams);
+        let token_embd = bind.matrix("token_embd.weight", e, n_vocab)?;
+        let position_embd = match hp.learned_positions {
+            true => Some(bind.matrix("position_embd.weight", e, hp.n_ctx_train)?),
+            false => None,
+        };
+        let output_norm = bind.norm("output_norm", e, hp)?;
+        let output = match bind.has("output.weight") {
+            true => bind.matrix("output.weight", e, n_vocab)?,
+            false => token_embd.clone(),
+        };
+        let rope_freqs = match &hp.rope {
+            Some(rope) if bind.has("rope_freqs.weight") => {
+                Some(bind.vector("rope_freqs.weight", rope.dim / 2)?)
+            }
+            _ => None,
+        };
+        if rope_freqs.iter().flatten().any(|f| !f.is_finite() || *f <= 0.0) {
+            bad_file!("tensor \"rope_freqs.weight\": every divisor must be finite and > 0");
+        }
+        let mut layers = Vec::new();
+        for (i, layer) in hp.layers.iter().enumerate() {
+            layers.push(bind.layer(i, layer, hp)?);
+        }
+        let mut warnings = [gguf.warnings.clone(), tokenizer.warnings.clone()].concat();
+        warnings.extend(bind.unknown());
+        let plan = Plan::trained(hp)?;
+        let attention = plan.layers.iter().enumerate();
+        let attention = attention.map(|(i, p)| Attention::new(hp, i, p.clone())).collect();
+        Ok(Model {
+            tokenizer,
+            plan,
+            attention,
+            token_embd,
+            position_embd,
+            rope_freqs,
+            layers,
+            output_norm,
+            output,
+            warnings,
+            hparams,
+            gguf,
+        })
+    }
+
+    /// Number of weights.
+    pub fn n_params(&self) -> u64 {
+        self.gguf.tensors().iter().map(|t| t.n_elements()).sum()
+    }
+
+    /// Size of all weights in the file.
+    pub fn n_bytes(&self) -> u64 {
+        self.gguf.tensors().iter().map(|t| t.n_bytes() as u64).sum()
+    }
+
+    /// Architecture and most frequent format, by elements: `llama Q8_0`.
+    pub fn kind(&self) -> String {
+        let count = |ty: &quant::Type| -> u64 {
+            self.gguf.tensors().iter().filter(|t| t.ty == ty).map(|t| t.n_elements()).sum()
+        };
+        let format = quant::TYPES.iter().max_by_key(|ty| count(ty)).map_or("", |ty| ty.name);
+        format!("{} {format}", self.hparams.arch)
+    }
+}
+
+/// Finds tensors by name, checks their shapes, and remembers which were asked for.
+struct Binder<'a> {
+    gguf: &'a Gguf,
+    used: HashSet<String>,
+}
+
+impl Binder<'_> {
+    fn has(&self, name: &str) -> bool {
+        self.gguf.tensor(name).is_some()
+    }
+
+    fn matrix(&mut self, name: &str, n_in: usize, n_out: usize) -> Result<Weight> {
+        let Some(tensor) = self.gguf.tensor(name) else {
+            bad_file!("missing tensor \"{name}\" of shape [{n_in}, {n_out}]");
+        };
+        let wanted = [n_in as u64, n_out as u64];
+        let is_vector = n_out == 1 && tensor.dims == wanted[..1];
+        if tensor.dims != wanted && !is_vector {
+            bad_file!("tensor \"{name}\" has shape {:?}; expected {wanted:?}", tensor.dims);
+        }
+        let Some(format) = quant::format_of(tensor.ty.id) else {
+            bad_file!(
+                "tensor \"{name}\" is {}, which cannot be computed with; readable: {}",
+                tensor.ty.name,
+                quant::readable()
+            );
+        };
+        self.used.insert(name.to_string());
+        Ok(Weight { format, n_in, n_out, bytes: self.gguf.data(tensor) })
+    }
+
+    fn vector(&mut self, name: &str, n: usize) -> Result<Vec<f32>> {
+        let row = self.matrix(name, n, 1)?;
+        let mut out = vec![0.0; n];
+        row.format.dequantize(row.row(0), &mut out);
+        Ok(out)
+    }
+
+    fn norm(&mut self, name: &str, n: usize, hp: &Hparams) -> Result<NormWeight> {
+        let weight = self.vector(&format!("{name}.weight"), n)?;
+        let bias = match hp.norm.bias {
+            true => Some(self.vector(&format!("{name}.bias"), n)?),
+            false => None,
+        };
+        Ok(NormWeight { weight, bias })
+    }
+
+    fn bias(&mut self, name: &str, n: usize, rule: Bias) -> Result<Option<Vec<f32>>> {
+        let name = format!("{name}.bias");
+        match rule {
+            Bias::Never => Ok(None),
+            Bias::Optional if !self.has(&name) => Ok(None),
+            Bias::Optional | Bias::Required => self.vector(&name, n).map(Some),
+        }
+    }
+
+    fn linear(&mut self, name: &str, n_in: usize, n_out: usize, bias: Bias) -> Result<Linear> {
+        let weight = self.matrix(&format!("{name}.weight"), n_in, n_out)?;
+        Ok(Linear { weight, bias: self.bias(name, n_out, bias)? })
+    }
+
+    /// Queries, keys and values, cut out of `attn_qkv` where the model fuses them.
+    fn qkv(&mut self, blk: &str, widths: [usize; 3], hp: &Hparams) -> Result<[Linear; 3]> {
+        let e = hp.n_embd;
+        if !hp.fused_qkv {
+            let mut one = |name: &str, n| self.linear(&format!("{blk}.{name}"), e, n, hp.qkv_bias);
+            let [q, k, v] = widths;
+            return Ok([one("attn_q", q)?, one("attn_k", k)?, one("attn_v", v)?]);
+        }
+        let name = format!("{blk}.attn_qkv");
+        let all = self.linear(&name, e, widths.iter().sum(), hp.qkv_bias)?;
+        let mut start = 0;
+        let mut next = |n: usize| -> Result<Linear> {
+            let Some(weight) = all.weight.rows(start, n) else {
+                bad_file!("tensor \"{name}.weight\" is too short");
+            };
+            let bias = all.bias.as_ref().map(|b| b[start..start + n].to_vec());
+            start += n;
+            Ok(Linear { weight, bias })
+        };
+        Ok([next(widths[0])?, next(widths[1])?, next(widths[2])?])
+    }
+
+    fn layer(&mut self, i: usize, layer: &LayerHparams, hp: &Hparams) -> Result<Layer> {
+        let e = hp.n_embd;
+        let (dk, dv) = (hp.key_dim, hp.value_dim);
+        let blk = format!("blk.{i}");
+        let at = |name: &str| format!("{blk}.{name}");
+        let widths = [layer.n_head * dk, layer.n_head_kv * dk, layer.n_head_kv * dv];
+        let [attn_q, attn_k, attn_v] = self.qkv(&blk, widths, hp)?;
+        Ok(Layer {
+            attn_norm: self.norm(&at("attn_norm"), e, hp)?,
+            attn_q,
+            attn_k,
+            attn_v,
+            attn_output: self.linear(
+                &at("attn_output"),
+                layer.n_head * dv,
+                e,
+                hp.attn_output_bias,
+            )?,
+            qk_norm: match hp.qk_norm {
+                true => Some((
+                    self.norm(&at("attn_q_norm"), dk, hp)?,
+                    self.norm(&at("attn_k_norm"), dk, hp)?,
+                )),
+                false => None,
+            },
+            post_attention_norm: match hp.post_norm {
+                true => Some(self.norm(&at("post_attention_norm"), e, hp)?),
+                false => None,
+            },
+            ffn_norm: match hp.parallel {
+                true => None,
+                false => Some(self.norm(&at("ffn_norm"), e, hp)?),
+            },
+            ffn_gate: match hp.ffn_gated {
+                true => Some(self.linear(&at("ffn_gate"), e, layer.n_ff, hp.ffn_bias)?),
+                false => None,
+            },
+            ffn_up: self.linear(&at("ffn_up"), e, layer.n_ff, hp.ffn_bias)?,
+            ffn_down: self.linear(&at("ffn_down"), layer.n_ff, e, hp.ffn_bias)?,
+            post_ffw_norm: match hp.post_norm {
+                true => Some(self.norm(&at("post_ffw_norm"), e, hp)?),
+                false => None,
+            },
+        })
+    }
+
+    /// A warning about tensors that nothing asked for.
+    fn unknown(&self) -> Option<String> {
+        let names: Vec<&str> = self
+            .gguf
+            .tensors()
+            .iter()
+            .map(|t| t.name.as_str())
+            // Old converters wrote the rotation's frequencies, which follow from the metadata.
+            .filter(|n| {
+                !self.used.contains(*n) && !n.ends_with("rot_embd") && !n.ends_with("attn_rot_embd")
+            })
+            .collect();
+        let shown: Vec<String> =
+            names.iter().take(3).map(|n| format!("\"{}\"", excerpt(n))).collect();
+        let more = if names.len() > 3 { ", ..." } else { "" };
+        (!names.is_empty()).then(|| {
+            format!("{} unknown tensors are ignored: {}{more}", names.len(), shown.join(", "))
+        })
+    }
+}
