@@ -1,0 +1,3 @@
+//! Measuring what a model knows, and what a change costs.
+
+pub mod quality;
