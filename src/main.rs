@@ -1,1 +1,7 @@
-fn main() {}
+//! The `qkov` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    qkov::cli::run()
+}

@@ -1,0 +1,88 @@
+//! The command line: one file per command, one line in the table.
+
+mod chat;
+mod eval;
+mod generate;
+mod inspect;
+mod options;
+mod sampling;
+mod template;
+mod terminal;
+mod tokenize;
+
+use std::process::ExitCode;
+
+use clap::{ArgMatches, Args, Command};
+
+use crate::error::{Error, Result};
+
+/// A command: its options are its fields.
+trait Run: Args {
+    const NAME: &'static str;
+    const ABOUT: &'static str;
+    fn run(self) -> Result<()>;
+}
+
+struct Entry {
+    name: &'static str,
+    command: fn() -> Command,
+    run: fn(&ArgMatches) -> Result<()>,
+}
+
+const fn entry<C: Run>() -> Entry {
+    Entry {
+        name: C::NAME,
+        command: || C::augment_args(Command::new(C::NAME).about(C::ABOUT)),
+        run: |matches| {
+            let command = C::from_arg_matches(matches);
+            command.map_err(|e| Error::Usage(e.to_string().trim().to_string()))?.run()
+        },
+    }
+}
+
+/// Every command, in the order of the help.
+static COMMANDS: &[Entry] = &[
+    entry::<chat::Chat>(),
+    entry::<generate::Generate>(),
+    entry::<eval::Eval>(),
+    entry::<inspect::Inspect>(),
+    entry::<tokenize::Tokenize>(),
+    entry::<template::Template>(),
+];
+
+fn command() -> Command {
+    Command::new("qkov")
+        .version(concat!(env!("CARGO_PKG_VERSION"), " (", env!("QKOV_REVISION"), ")"))
+        .about("Runs local language models, and measures what is inside a head.")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommands(COMMANDS.iter().map(|c| (c.command)()))
+}
+
+/// Runs the program with the process's arguments; messages go to stderr.
+pub fn run() -> ExitCode {
+    // The exit code of a usage error is clap's, 2.
+    let matches = command().get_matches();
+    let result = match matches.subcommand() {
+        Some((name, matches)) => match COMMANDS.iter().find(|c| c.name == name) {
+            Some(entry) => (entry.run)(matches),
+            None => Ok(()),
+        },
+        None => Ok(()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            terminal::note(&format!("error: {error}"));
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn options_are_consistent() {
+        super::command().debug_assert();
+    }
+}

@@ -1,0 +1,104 @@
+//! Options that commands share.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+
+use super::terminal::note;
+use crate::cpu::CacheType;
+use crate::error::{Error, Result};
+use crate::gguf::{Bytes, Gguf};
+use crate::model::Model;
+use crate::session::{Options, Session};
+
+/// The model that ships: 5.8 M parameters, trained on public-domain books.
+static SHIPPED: &[u8] =
+    include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/books-6m-q8_0.gguf"));
+
+/// What stands for the shipped model in reports.
+const SHIPPED_NAME: &str = "books-6m-q8_0.gguf (built in)";
+
+#[derive(Args)]
+pub(super) struct ModelArgs {
+    /// GGUF file of the model; of a split one, any part [default: the small one built in]
+    #[arg(short, long, value_name = "FILE")]
+    model: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// The file, without a look at what kind of model it is.
+    pub(super) fn gguf(&self) -> Result<Gguf> {
+        match &self.model {
+            Some(path) => Gguf::open(path),
+            None => Gguf::parse(Bytes::from(SHIPPED)),
+        }
+    }
+
+    /// The file's name in reports.
+    pub(super) fn name(&self) -> String {
+        self.model.as_ref().map_or(SHIPPED_NAME.into(), |p| p.to_string_lossy().into_owned())
+    }
+
+    /// Names the file in an error about its content.
+    pub(super) fn at(&self, error: Error) -> Error {
+        match &self.model {
+            Some(path) => error.at(path),
+            None => error,
+        }
+    }
+
+    pub(super) fn is_shipped(&self) -> bool {
+        self.model.is_none()
+    }
+}
+
+#[derive(Args)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+    /// Threads [default: one per core]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Context in tokens [default: as trained, at most 8192]
+    #[arg(short, long, value_name = "N")]
+    pub(super) ctx: Option<usize>,
+    /// Format of cached keys and values
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    cache: CacheArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum CacheArg {
+    F16,
+    F32,
+}
+
+impl RunArgs {
+    /// Opens the model; warnings go to stderr.
+    pub(super) fn open(&self) -> Result<Arc<Model>> {
+        let model = Model::from_gguf(self.model.gguf()?).map_err(|e| self.model.at(e))?;
+        model.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
+        Ok(Arc::new(model))
+    }
+
+    /// An empty session with the context that was asked for.
+    pub(super) fn session(&self, model: Arc<Model>) -> Result<Session> {
+        self.session_of(model, self.ctx)
+    }
+
+    /// An empty session with a context of `n_ctx`; warnings go to stderr.
+    pub(super) fn session_of(&self, model: Arc<Model>, n_ctx: Option<usize>) -> Result<Session> {
+        let mut options = Options { n_ctx, ..Options::default() };
+        if let Some(threads) = self.threads {
+            options.n_threads = threads.into();
+        }
+        options.cache = match self.cache {
+            CacheArg::F16 => CacheType::F16,
+            CacheArg::F32 => CacheType::F32,
+        };
+        let session = Session::new(model, &options)?;
+        session.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
+        Ok(session)
+    }
+}

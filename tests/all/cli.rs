@@ -1,0 +1,205 @@
+//! The program as its user sees it: output, messages and exit codes.
+
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+
+use crate::shared;
+
+fn qkov(args: &[&str], stdin: &str) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_qkov"))
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A program that ends without reading closes the pipe.
+    let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
+    child.wait_with_output().unwrap()
+}
+
+fn ok(args: &[&str], stdin: &str) -> String {
+    let output = qkov(args, stdin);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The one line on stderr of a run that fails with `code`.
+fn error(args: &[&str], code: i32) -> String {
+    let output = qkov(args, "");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{args:?}");
+    stderr
+}
+
+#[test]
+fn chat_replies_with_the_model_that_ships() {
+    let args = ["chat", "--seed", "1", "-n", "40"];
+    let reply = ok(&args, "Write about rain, harbour and lantern.\n");
+    assert!(reply.trim().split_whitespace().count() > 10, "{reply}");
+    assert_eq!(
+        reply,
+        ok(&args, "Write about rain, harbour and lantern.\n"),
+        "same seed, same text"
+    );
+    assert_eq!(
+        reply,
+        ok(
+            &["chat", "--seed", "1", "-n", "40", "-p", "Write about rain, harbour and lantern."],
+            ""
+        )
+    );
+}
+
+#[test]
+fn chat_commands() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("talk.json");
+    let file = file.to_str().unwrap();
+    let script = format!(
+        "/help\n/system Be brief.\nHello\n/save {file}\n/clear\n/load {file}\n/regen\n/stats\n/nonsense\n/exit\n"
+    );
+    let output = qkov(&["chat", "-n", "8", "--seed", "3"], &script);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success());
+    for text in [
+        "/regen",
+        "3 messages saved",
+        "3 messages loaded",
+        "tokens of context in use",
+        "/nonsense is no command",
+    ] {
+        assert!(stderr.contains(text), "{text:?} is not in {stderr}");
+    }
+    let saved: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    assert_eq!(saved["messages"][1]["content"], "Hello");
+    assert_eq!(output.stdout.iter().filter(|b| **b == b'\n').count() >= 2, true, "two replies");
+}
+
+#[test]
+fn a_long_chat_leaves_its_oldest_turns() {
+    let script = "Write about rain, harbour and lantern.\n".repeat(6);
+    let output = qkov(&["chat", "-c", "160", "-n", "60", "--seed", "5"], &script);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("context full: the oldest"), "{stderr}");
+    let long = qkov(&["chat", "-c", "64"], &format!("{}\n", "word ".repeat(100)));
+    assert!(String::from_utf8(long.stderr).unwrap().contains("the context holds 64"));
+}
+
+#[test]
+fn generate_prints_prompt_and_continuation_only() {
+    let args = ["generate", "-p", "The old man", "-n", "20", "--temp", "0"];
+    let output = qkov(&args, "");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.starts_with("The old man") && text.len() > 30, "{text}");
+    assert!(output.stderr.is_empty());
+    assert_eq!(text, ok(&["generate", "-n", "20", "--temp", "0"], "The old man"), "from stdin");
+    assert_eq!(text, ok(&[&args[..], &["-t", "1"]].concat(), ""), "whatever the threads");
+}
+
+#[test]
+fn tokenize_and_template() {
+    let ids = ok(&["tokenize", "--ids", "-p", "Hello there"], "");
+    let ids: Vec<u32> = ids.split_whitespace().map(|id| id.parse().unwrap()).collect();
+    let json: serde_json::Value =
+        serde_json::from_str(&ok(&["tokenize", "--json", "-p", "Hello there"], "")).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), ids.len());
+    let text: String =
+        json.as_array().unwrap().iter().map(|t| t["text"].as_str().unwrap()).collect();
+    assert_eq!(text, "Hello there");
+    let messages = r#"[{"role": "user", "content": "Hi"}]"#;
+    let rendered = ok(&["template", "--add-generation-prompt"], messages);
+    assert_eq!(rendered, "<|user|>Hi<|end|><|assistant|>");
+}
+
+#[test]
+fn inspect_lists_everything() {
+    let json: serde_json::Value = serde_json::from_str(&ok(&["inspect", "--json"], "")).unwrap();
+    assert_eq!(json["metadata"]["general.architecture"], "llama");
+    assert_eq!(json["layers"].as_array().unwrap().len(), 6);
+    assert_eq!(json["layers"][0]["n_head_kv"], 2);
+    assert!(json["tensors"].as_array().unwrap().iter().any(|t| t["name"] == "token_embd.weight"));
+    let text = ok(&["inspect", "--tensors"], "");
+    assert!(text.contains("blk.5.ffn_down.weight") && text.contains("score_dim 64"), "{text}");
+}
+
+#[test]
+fn usage_errors_exit_with_2() {
+    error(&["chat", "--no-such-option"], 2);
+    error(&["generate", "-p", "x", "--temp", "hot"], 2);
+    for args in [
+        &["generate", "-p", "x", "--top-p", "7"][..],
+        &["generate", "-p", "x", "-c", "0"],
+        &["generate", "-p", "x y z", "-c", "1"],
+    ] {
+        let line = error(args, 2);
+        assert!(line.starts_with("error: ") && line.trim_end().lines().count() == 1, "{line}");
+    }
+}
+
+#[test]
+fn file_errors_exit_with_3() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str, content: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let cases = [
+        (dir.path().join("none.gguf").to_str().unwrap().to_string(), "No such file"),
+        (dir.path().to_str().unwrap().to_string(), "is a directory"),
+        (path("empty.gguf", b""), "file is empty"),
+        (path("zip.gguf", b"PK\x03\x04aaaaaaaaaaaaaaaaaaaaaaaa"), "zip archive"),
+        (path("short.gguf", b"GGUF\x03\0\0\0"), "truncated header"),
+        (path("one.gguf", b"GGUF\x01\0\0\0aaaaaaaaaaaaaaaaaaa"), "version 1 is too old"),
+    ];
+    for (path, text) in cases {
+        for command in ["chat", "generate", "inspect", "tokenize", "eval"] {
+            let mut args = vec![command, "-m", &path];
+            match command {
+                "generate" | "tokenize" => args.extend(["-p", "x"]),
+                "eval" => args.extend(["-f", "/dev/null"]),
+                _ => {}
+            }
+            let line = error(&args, 3);
+            assert!(
+                line.contains(text) && line.trim_end().lines().count() == 1,
+                "{args:?}: {line}"
+            );
+            assert!(line.contains(path.rsplit('/').next().unwrap()), "{line}");
+        }
+    }
+}
+
+#[test]
+fn reference_text_and_perplexity() {
+    let Some(shared) = shared() else { return };
+    let at = |name: &str| shared.join(name).to_str().unwrap().to_string();
+    let model = at("models/stories260K-f32.gguf");
+    let text =
+        ok(&["generate", "-m", &model, "-p", "Once upon a time", "-n", "120", "--temp", "0"], "");
+    let reference = std::fs::read_to_string(at("reference/stories260K-greedy.txt")).unwrap();
+    let (text, reference) = (text.trim(), reference.trim());
+    assert!(text.len() > 250 && reference.starts_with(text), "{text}\n{reference}");
+
+    let eval = |args: &[&str]| -> serde_json::Value {
+        let corpus = at("corpus/tinystories-sample.txt");
+        let args = [&["eval", "-m", &model, "-f", &corpus, "--json"], args].concat();
+        serde_json::from_str(&ok(&args, "")).unwrap()
+    };
+    let near = |value: &serde_json::Value, expected: f64| {
+        assert!((value.as_f64().unwrap() - expected).abs() < 0.002, "{value} is not {expected}");
+    };
+    let plain = eval(&["-c", "512"]);
+    near(&plain["ppl"], 7.0285);
+    near(&plain["ppl_err"], 0.1793);
+    let base = at("reference/stories260K-c256.kld");
+    let against = eval(&["-c", "256", "--base", &base]);
+    near(&against["ppl"], 6.2132);
+    assert!(against["kl_mean"].as_f64().unwrap() < 5e-5, "{against}");
+    assert!(against["same_top"].as_f64().unwrap() > 0.999, "{against}");
+}
