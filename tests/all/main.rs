@@ -1,8 +1,30 @@
 //! All integration tests, one binary.
 
+// clippy.toml allows these in functions marked as tests; here every function is for tests.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
+
+mod allocations;
 mod bad_files;
+mod bad_models;
+mod cli;
 mod golden;
+mod layers;
+mod mutations;
 mod quant;
 mod sampler;
 mod template;
+mod tiny;
 mod token;
+mod writer;
+
+use std::path::PathBuf;
+
+/// The folder of larger yardsticks beside a checkout; a clone has none, and its tests say so.
+fn shared() -> Option<PathBuf> {
+    let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared"));
+    if path.is_dir() {
+        return Some(path);
+    }
+    eprintln!("skipped: the yardsticks in {} are not here", path.display());
+    None
+}

@@ -1,0 +1,140 @@
+//! The layers of the house: imports point down only.
+
+use std::path::{Path, PathBuf};
+
+/// From the bottom up; modules of one row may use each other unless `APART` says otherwise.
+const LAYERS: &[&[&str]] = &[
+    &["error"],
+    &["gguf", "quant"],
+    &["arch", "token"],
+    &["normalizer", "merge", "mask"],
+    &["attention", "plan"],
+    &["model"],
+    &["cpu", "ggml"],
+    &["session"],
+    &["measure"],
+    &["cli", "serve"],
+];
+
+const APART: &[(&str, &str)] = &[("normalizer", "merge"), ("cpu", "ggml")];
+
+/// Longest file, in lines.
+const MAX_LINES: usize = 600;
+
+fn sources(dir: &Path, out: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => sources(&path, out),
+            false if path.extension().is_some_and(|e| e == "rs") => out.push(path),
+            false => {}
+        }
+    }
+}
+
+/// The top-level module that a file belongs to; none for `lib.rs` and `main.rs`.
+fn module(root: &Path, path: &Path) -> Option<String> {
+    let first = path.strip_prefix(root).unwrap().components().next().unwrap();
+    let name = first.as_os_str().to_str().unwrap().trim_end_matches(".rs").to_string();
+    (name != "lib" && name != "main").then_some(name)
+}
+
+fn level(module: &str) -> usize {
+    LAYERS
+        .iter()
+        .position(|row| row.contains(&module))
+        .unwrap_or_else(|| panic!("module {module} has no place in LAYERS"))
+}
+
+/// Modules of this crate that a source names, as `crate::NAME` or in `use crate::{..}`.
+fn imports(source: &str) -> Vec<String> {
+    let name = |text: &str| -> String {
+        text.trim_start().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+    };
+    let mut found = Vec::new();
+    for (at, _) in source.match_indices("crate::") {
+        let rest = &source[at + "crate::".len()..];
+        match rest.strip_prefix('{') {
+            Some(list) => {
+                let end = list.find(';').unwrap_or(list.len());
+                let mut depth = 0;
+                let mut items = vec![String::new()];
+                for c in list[..end].chars() {
+                    match c {
+                        '{' => depth += 1,
+                        '}' => depth -= 1,
+                        ',' if depth == 0 => items.push(String::new()),
+                        c => items.last_mut().unwrap().push(c),
+                    }
+                }
+                found.extend(items.iter().map(|i| name(i)).filter(|n| !n.is_empty()));
+            }
+            None => found.push(name(rest)),
+        }
+    }
+    // Macros live at the root.
+    found.retain(|n| !n.starts_with("bad_") && !n.is_empty());
+    found
+}
+
+fn each_source(mut check: impl FnMut(&str, &Path, &str)) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut paths = Vec::new();
+    sources(&root, &mut paths);
+    assert!(paths.len() > 20);
+    for path in paths {
+        if let Some(module) = module(&root, &path) {
+            check(&module, &path, &std::fs::read_to_string(&path).unwrap());
+        }
+    }
+}
+
+#[test]
+fn imports_point_down() {
+    each_source(|module, path, source| {
+        for import in imports(source) {
+            let apart = APART.iter().any(|(a, b)| {
+                (module, import.as_str()) == (*a, *b) || (module, import.as_str()) == (*b, *a)
+            });
+            assert!(
+                level(&import) <= level(module) && !apart,
+                "{} of {module} uses {import}",
+                path.display()
+            );
+        }
+    });
+}
+
+#[test]
+fn only_the_edges_touch_the_outside() {
+    each_source(|module, path, source| {
+        let code = source.split("#[cfg(test)]").next().unwrap();
+        let has = |words: &[&'static str]| words.iter().copied().find(|w| code.contains(w));
+        let edge = level(module) == LAYERS.len() - 1;
+        if !edge {
+            let found =
+                has(&["println!", "eprintln!", "env::var", "env::args", "clap", "std::process"]);
+            assert_eq!(found, None, "{}", path.display());
+        }
+        if !edge && module != "gguf" {
+            let found = has(&["std::fs", "File::open", "File::create"]);
+            assert_eq!(found, None, "{}", path.display());
+        }
+        if !["gguf", "cpu", "ggml"].contains(&module) {
+            assert_eq!(has(&["unsafe ", "allow(unsafe_code)"]), None, "{}", path.display());
+        }
+        if ["attention", "cpu", "model", "session"].contains(&module) {
+            let names = qkov::arch::ARCHS.iter().map(|a| format!("\"{}\"", a.name));
+            names.for_each(|n| assert!(!code.contains(&n), "{} names {n}", path.display()));
+        }
+    });
+}
+
+#[test]
+fn files_stay_readable() {
+    each_source(|_, path, source| {
+        let n = source.lines().count();
+        assert!(n <= MAX_LINES, "{} has {n} lines; at most {MAX_LINES}", path.display());
+        assert!(source.starts_with("//!"), "{} does not say what it is", path.display());
+    });
+}
