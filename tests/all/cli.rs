@@ -38,7 +38,7 @@ fn error(args: &[&str], code: i32) -> String {
 fn chat_replies_with_the_model_that_ships() {
     let args = ["chat", "--seed", "1", "-n", "40"];
     let reply = ok(&args, "Write about rain, harbour and lantern.\n");
-    assert!(reply.trim().split_whitespace().count() > 10, "{reply}");
+    assert!(reply.split_whitespace().count() > 10, "{reply}");
     assert_eq!(
         reply,
         ok(&args, "Write about rain, harbour and lantern.\n"),
@@ -76,7 +76,7 @@ fn chat_commands() {
     let saved: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
     assert_eq!(saved["messages"][1]["content"], "Hello");
-    assert_eq!(output.stdout.iter().filter(|b| **b == b'\n').count() >= 2, true, "two replies");
+    assert!(output.stdout.iter().filter(|b| **b == b'\n').count() >= 2, "two replies");
 }
 
 #[test]
