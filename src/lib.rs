@@ -18,4 +18,5 @@ pub mod normalizer;
 pub mod plan;
 pub mod quant;
 pub mod session;
+pub mod simd;
 pub mod token;

@@ -1,6 +1,7 @@
 //! Softmax: `w_j = exp(x_j - max x) / sum_i exp(x_i - max x)` (Bridle 1990).
 
 use super::{Normalizer, Row};
+use crate::simd;
 
 pub(super) struct Softmax;
 
@@ -10,14 +11,9 @@ impl Normalizer for Softmax {
     }
 
     fn row(&self, scores: &mut [f32], _at: Row) {
-        let max = scores.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-        let mut sum = 0.0f64;
-        for x in scores.iter_mut() {
-            *x = libm::expf(*x - max);
-            sum += f64::from(*x);
-        }
-        let scale = (1.0 / sum) as f32;
-        scores.iter_mut().for_each(|x| *x *= scale);
+        let max = simd::max(scores);
+        let sum = simd::exp_minus(scores, max);
+        simd::scale(scores, 1.0 / sum);
     }
 }
 

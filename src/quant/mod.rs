@@ -1,13 +1,14 @@
 //! Tensor formats: how numbers are laid out in a GGUF file, and how to read them back.
 //!
-//! Block layouts are those of ggml (`ggml-common.h`, `ggml-quants.c`). Sums are taken in lanes
-//! that are added up as a tree at the end, so they are the same on every machine.
+//! Block layouts are those of ggml (`ggml-common.h`, `ggml-quants.c`).
 
 mod float;
 mod iq4;
 mod k;
 mod legacy;
 mod mxfp4;
+
+use crate::simd;
 
 /// A tensor type of the GGUF format: its number in the file, its name and its block geometry.
 /// Numbers and sizes: ggml's type table (`ggml.h`, `ggml-common.h`).
@@ -74,17 +75,30 @@ pub fn type_of(id: u32) -> Option<&'static Type> {
 pub struct Format {
     /// Its number, name and geometry.
     pub ty: &'static Type,
+    /// Where the numbers lie that a block's size hangs on.
+    pub scales: Scales,
     /// Reads whole blocks, at any address.
     decode: fn(&[u8], &mut [f32]),
 }
 
+/// The floating-point numbers of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scales {
+    /// Every element is one.
+    None,
+    /// Half-precision ones, at these bytes.
+    Halves(&'static [usize]),
+    /// A power of two, whose exponent is the first byte.
+    Exponent,
+}
+
 /// The type of this name; the program does not compile with a name that is not in the table.
-const fn format(name: &str, decode: fn(&[u8], &mut [f32])) -> Format {
+const fn format(name: &str, scales: Scales, decode: fn(&[u8], &mut [f32])) -> Format {
     let mut i = 0;
     while !same(TYPES[i].name.as_bytes(), name.as_bytes()) {
         i += 1;
     }
-    Format { ty: &TYPES[i], decode }
+    Format { ty: &TYPES[i], scales, decode }
 }
 
 const fn same(a: &[u8], b: &[u8]) -> bool {
@@ -97,22 +111,22 @@ const fn same(a: &[u8], b: &[u8]) -> bool {
 
 /// Every readable format.
 pub static FORMATS: &[Format] = &[
-    format("F32", float::f32),
-    format("F16", float::f16),
-    format("BF16", float::bf16),
-    format("Q4_0", legacy::q4_0),
-    format("Q4_1", legacy::q4_1),
-    format("Q5_0", legacy::q5_0),
-    format("Q5_1", legacy::q5_1),
-    format("Q8_0", legacy::q8_0),
-    format("Q2_K", k::q2_k),
-    format("Q3_K", k::q3_k),
-    format("Q4_K", k::q4_k),
-    format("Q5_K", k::q5_k),
-    format("Q6_K", k::q6_k),
-    format("IQ4_NL", iq4::iq4_nl),
-    format("IQ4_XS", iq4::iq4_xs),
-    format("MXFP4", mxfp4::mxfp4),
+    format("F32", Scales::None, float::f32),
+    format("F16", Scales::None, float::f16),
+    format("BF16", Scales::None, float::bf16),
+    format("Q4_0", Scales::Halves(&[0]), legacy::q4_0),
+    format("Q4_1", Scales::Halves(&[0, 2]), legacy::q4_1),
+    format("Q5_0", Scales::Halves(&[0]), legacy::q5_0),
+    format("Q5_1", Scales::Halves(&[0, 2]), legacy::q5_1),
+    format("Q8_0", Scales::Halves(&[0]), legacy::q8_0),
+    format("Q2_K", Scales::Halves(&[80, 82]), k::q2_k),
+    format("Q3_K", Scales::Halves(&[108]), k::q3_k),
+    format("Q4_K", Scales::Halves(&[0, 2]), k::q4_k),
+    format("Q5_K", Scales::Halves(&[0, 2]), k::q5_k),
+    format("Q6_K", Scales::Halves(&[208]), k::q6_k),
+    format("IQ4_NL", Scales::Halves(&[0]), iq4::iq4_nl),
+    format("IQ4_XS", Scales::Halves(&[0]), iq4::iq4_xs),
+    format("MXFP4", Scales::Exponent, mxfp4::mxfp4),
 ];
 
 /// The format with this number, if it can be read.
@@ -120,13 +134,15 @@ pub fn format_of(id: u32) -> Option<&'static Format> {
     FORMATS.iter().find(|f| f.ty.id == id)
 }
 
+/// The format of this name, if it can be read.
+pub fn format_named(name: &str) -> Option<&'static Format> {
+    FORMATS.iter().find(|f| f.ty.name == name)
+}
+
 /// The names of all readable formats.
 pub fn readable() -> String {
     FORMATS.iter().map(|f| f.ty.name).collect::<Vec<_>>().join(", ")
 }
-
-/// Elements that are decoded at a time; a multiple of every block and of the lanes.
-const STEP: usize = 256;
 
 impl Format {
     /// Bytes of a row of `n` elements, which must be whole blocks.
@@ -139,58 +155,12 @@ impl Format {
         (self.decode)(row, out);
     }
 
-    /// The dot product of a row with `x`, of the same length: exactly [`dot_f32`] of what
-    /// [`Format::dequantize`] gives.
+    /// The dot product of a row with `x`, of the same length: exactly [`simd::dot`] of what
+    /// [`Format::dequantize`] gives. The definition that faster products are checked against.
     pub fn dot(&self, row: &[u8], x: &[f32]) -> f32 {
-        let mut lanes = Lanes::default();
-        let mut part = [0.0f32; STEP];
-        for (bytes, x) in row.chunks(self.row_bytes(STEP)).zip(x.chunks(STEP)) {
-            let part = &mut part[..x.len()];
-            (self.decode)(bytes, part);
-            lanes.add(part, x);
-        }
-        lanes.sum()
-    }
-}
-
-/// The dot product of two vectors of one length.
-pub fn dot_f32(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = Lanes::default();
-    lanes.add(a, b);
-    lanes.sum()
-}
-
-const LANES: usize = 16;
-
-/// Partial sums: lane `i` has the products whose index is `i` modulo [`LANES`].
-#[derive(Default)]
-struct Lanes([f32; LANES]);
-
-impl Lanes {
-    /// Adds products; all but the last call of a sum must be with a multiple of [`LANES`].
-    #[inline]
-    fn add(&mut self, a: &[f32], b: &[f32]) {
-        let (a, a_rest) = a.as_chunks::<LANES>();
-        let (b, b_rest) = b.as_chunks::<LANES>();
-        for (a, b) in a.iter().zip(b) {
-            for i in 0..LANES {
-                self.0[i] += a[i] * b[i];
-            }
-        }
-        for (lane, (a, b)) in self.0.iter_mut().zip(a_rest.iter().zip(b_rest)) {
-            *lane += a * b;
-        }
-    }
-
-    fn sum(mut self) -> f32 {
-        let mut n = LANES;
-        while n > 1 {
-            n /= 2;
-            for i in 0..n {
-                self.0[i] += self.0[i + n];
-            }
-        }
-        self.0[0]
+        let mut floats = vec![0.0; x.len()];
+        self.dequantize(row, &mut floats);
+        simd::dot(&floats, x)
     }
 }
 

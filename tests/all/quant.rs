@@ -1,6 +1,7 @@
 //! Tensor formats against the independent reader in the PyPI package `gguf`: `tests/golden/quant.py`.
 
-use qkov::quant::{FORMATS, Format, dot_f32, format_of};
+use qkov::quant::{FORMATS, Format, format_of};
+use qkov::simd;
 
 static GOLDEN: &[u8] = include_bytes!("../golden/quant.bin");
 
@@ -99,7 +100,7 @@ fn dot_is_the_sum_of_products() {
                 "{} of {n}: {got} {exact}",
                 format.ty.name
             );
-            assert_eq!(got.to_bits(), dot_f32(values, x).to_bits(), "{} of {n}", format.ty.name);
+            assert_eq!(got.to_bits(), simd::dot(values, x).to_bits(), "{} of {n}", format.ty.name);
         }
     });
 }

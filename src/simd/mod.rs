@@ -1,0 +1,395 @@
+//! What this processor can do, and elementary functions on vectors of `f32`.
+//!
+//! The functions are written once in plain Rust and compiled once per level, so they give the same
+//! bits on every level: additions and multiplications are never fused, sums are taken in lanes
+//! that are added up as a tree.
+#![allow(unsafe_code)]
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// Instruction sets that have code of their own, from the weakest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Level {
+    /// What every processor of the architecture has.
+    Scalar = 1,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2 = 2,
+}
+
+impl Level {
+    /// All levels.
+    pub const ALL: [Level; 2] = [Level::Scalar, Level::Avx2];
+
+    /// The name on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Scalar => "scalar",
+            Level::Avx2 => "avx2",
+        }
+    }
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Level::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Level::Avx2 => false,
+        }
+    }
+
+    fn best() -> Level {
+        Level::ALL.into_iter().rev().find(|l| l.is_available()).unwrap_or(Level::Scalar)
+    }
+}
+
+/// The level in use; 0: not yet known.
+static LEVEL: AtomicU8 = AtomicU8::new(0);
+
+/// The level in use: the best that this processor has, unless another was set.
+pub fn level() -> Level {
+    match LEVEL.load(Ordering::Relaxed) {
+        1 => Level::Scalar,
+        2 => Level::Avx2,
+        _ => {
+            let best = Level::best();
+            LEVEL.store(best as u8, Ordering::Relaxed);
+            best
+        }
+    }
+}
+
+/// Uses a level from now on; false, and nothing changes, where the processor does not have it.
+pub fn set_level(level: Level) -> bool {
+    let available = level.is_available();
+    if available {
+        LEVEL.store(level as u8, Ordering::Relaxed);
+    }
+    available
+}
+
+/// Defines a function once and compiles it for every level.
+macro_rules! per_level {
+    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        pub fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,f16c")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                if level() >= Level::Avx2 {
+                    // SAFETY: the level is in use, so the processor has it.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            body($($arg),*)
+        }
+    };
+}
+
+const LANES: usize = 16;
+
+/// The sum of lanes as a tree.
+#[inline(always)]
+fn tree(mut lanes: [f32; LANES]) -> f32 {
+    let mut n = LANES;
+    while n > 1 {
+        n /= 2;
+        for i in 0..n {
+            lanes[i] += lanes[i + n];
+        }
+    }
+    lanes[0]
+}
+
+/// `e^x` to about 1 unit in the last place: `2^n e^r` with `|r| <= ln 2 / 2`, by the polynomial of
+/// Cephes' `expf`. 0 below -87.3; NaN stays NaN.
+#[inline(always)]
+pub fn exp1(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    // ln 2 in two parts, so that n * ln 2 is exact enough.
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number.
+    let clamped = if x > 88.3 { 88.3 } else { x };
+    let n = clamped * LOG2_E + ROUND;
+    let whole = n - ROUND;
+    let r = clamped - whole * LN2_HIGH - whole * LN2_LOW;
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = p * r + c;
+    }
+    let p = p * r * r + r + 1.0;
+    // The low bits of `n` are the exponent; only those below 2^7 are ever used.
+    let power = f32::from_bits((n.to_bits() << 23).wrapping_add(0x3F80_0000));
+    let y = p * power;
+    if x < -87.3 { 0.0 } else { y }
+}
+
+per_level! {
+    /// The largest element; NaN is skipped, and of nothing it is -inf.
+    pub fn max(x: &[f32]) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let (whole, rest) = x.as_chunks::<LANES>();
+        for x in whole {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *lane = if *x > *lane { *x } else { *lane };
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *lane = if *x > *lane { *x } else { *lane };
+        }
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+per_level! {
+    /// `x = e^(x - max)`; returns the sum.
+    pub fn exp_minus(x: &mut [f32], max: f32) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (whole, rest) = x.as_chunks_mut::<LANES>();
+        for x in whole {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *x = exp1(*x - max);
+                *lane += *x;
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *x = exp1(*x - max);
+            *lane += *x;
+        }
+        tree(lanes)
+    }
+}
+
+per_level! {
+    /// The dot product of two vectors of one length.
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (a, a_rest) = a.as_chunks::<LANES>();
+        let (b, b_rest) = b.as_chunks::<LANES>();
+        for (a, b) in a.iter().zip(b) {
+            for i in 0..LANES {
+                lanes[i] += a[i] * b[i];
+            }
+        }
+        for (lane, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+            *lane += a * b;
+        }
+        tree(lanes)
+    }
+}
+
+per_level! {
+    /// `x *= factor`.
+    pub fn scale(x: &mut [f32], factor: f32) {
+        x.iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
+per_level! {
+    /// `a += b`.
+    pub fn add(a: &mut [f32], b: &[f32]) {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+    }
+}
+
+per_level! {
+    /// `a += factor * b`.
+    pub fn add_scaled(a: &mut [f32], factor: f32, b: &[f32]) {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += factor * b);
+    }
+}
+
+per_level! {
+    /// The sum.
+    pub fn sum(x: &[f32]) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (whole, rest) = x.as_chunks::<LANES>();
+        for x in whole {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *lane += x;
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *lane += x;
+        }
+        tree(lanes)
+    }
+}
+
+per_level! {
+    /// The sum of `(x - shift)^2`.
+    pub fn squares(x: &[f32], shift: f32) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (whole, rest) = x.as_chunks::<LANES>();
+        for x in whole {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *lane += (x - shift) * (x - shift);
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *lane += (x - shift) * (x - shift);
+        }
+        tree(lanes)
+    }
+}
+
+per_level! {
+    /// `x = (x - shift) * factor * w`.
+    pub fn shift_scale(x: &mut [f32], shift: f32, factor: f32, w: &[f32]) {
+        x.iter_mut().zip(w).for_each(|(x, w)| *x = (*x - shift) * factor * w);
+    }
+}
+
+per_level! {
+    /// `x = x * sigmoid(x)`.
+    pub fn silu(x: &mut [f32]) {
+        x.iter_mut().for_each(|x| *x /= 1.0 + exp1(-*x));
+    }
+}
+
+per_level! {
+    /// `a *= b`.
+    pub fn multiply(a: &mut [f32], b: &[f32]) {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a *= b);
+    }
+}
+
+per_level! {
+    /// All words xored; a way to read memory and do little else.
+    pub fn xor(bytes: &[u8]) -> u64 {
+        let mut lanes = [0u64; 16];
+        for words in bytes.as_chunks::<128>().0 {
+            for (lane, word) in lanes.iter_mut().zip(words.as_chunks::<8>().0) {
+                *lane ^= u64::from_le_bytes(*word);
+            }
+        }
+        lanes.iter().fold(0, |a, b| a ^ b)
+    }
+}
+
+/// `tanh x = 1 - 2 / (e^(2 x) + 1)`, and the first terms of its series near 0.
+#[inline(always)]
+fn tanh1(x: f32) -> f32 {
+    let square = x * x;
+    let small = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0)));
+    let large = 1.0 - 2.0 / (exp1(2.0 * x) + 1.0);
+    if square < 0.01 { small } else { large }
+}
+
+per_level! {
+    /// GELU in its tanh approximation (arXiv 1606.08415).
+    pub fn gelu_tanh(x: &mut [f32]) {
+        const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+        x.iter_mut().for_each(|x| {
+            let inner = SQRT_2_OVER_PI * (*x + 0.044_715 * *x * *x * *x);
+            *x = 0.5 * *x * (1.0 + tanh1(inner));
+        });
+    }
+}
+
+per_level! {
+    /// `x = cap * tanh(x / cap)`.
+    pub fn softcap(x: &mut [f32], cap: f32) {
+        x.iter_mut().for_each(|x| *x = cap * tanh1(*x / cap));
+    }
+}
+
+per_level! {
+    /// Quantizes one row to 8 bits in blocks of 32: `x = scale * q`, `|q| <= 127`. `sums16` and
+    /// `sums32` get the sums of `scale * q` over 16 and 32 elements. The row is whole blocks.
+    pub fn quantize(
+        x: &[f32],
+        q: &mut [i8],
+        scales: &mut [f32],
+        sums16: &mut [f32],
+        sums32: &mut [f32]
+    ) {
+        const ROUND: f32 = 12_582_912.0;
+        let x = x.as_chunks::<32>().0;
+        let q = q.as_chunks_mut::<32>().0;
+        let sums16 = sums16.as_chunks_mut::<2>().0;
+        for ((((x, q), scale), s16), s32) in
+            x.iter().zip(q).zip(scales).zip(sums16).zip(sums32)
+        {
+            let mut lanes = [0.0f32; 8];
+            for x in x.as_chunks::<8>().0 {
+                for (lane, x) in lanes.iter_mut().zip(x) {
+                    let x = x.abs();
+                    *lane = if x > *lane { x } else { *lane };
+                }
+            }
+            let max = lanes.into_iter().fold(0.0, f32::max);
+            *scale = max / 127.0;
+            let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
+            let mut whole = [0i32; 32];
+            for (whole, x) in whole.iter_mut().zip(x) {
+                // The sum's low bits are the rounded number.
+                *whole = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+            }
+            for (q, whole) in q.iter_mut().zip(&whole) {
+                *q = *whole as i8;
+            }
+            let halves = whole.as_chunks::<16>().0;
+            for (s, half) in s16.iter_mut().zip(halves) {
+                *s = *scale * half.iter().sum::<i32>() as f32;
+            }
+            *s32 = *scale * whole.iter().sum::<i32>() as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate() {
+        let mut worst = 0.0f64;
+        for i in -870_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp1(x)) / exact - 1.0).abs());
+        }
+        assert!(worst < 1.5e-7, "{worst}");
+        assert_eq!(exp1(0.0), 1.0);
+        assert_eq!(exp1(f32::NEG_INFINITY), 0.0);
+        assert!(exp1(f32::NAN).is_nan());
+        assert!(exp1(1e9).is_finite());
+    }
+
+    #[test]
+    fn tanh_is_accurate() {
+        for i in -200_000..200_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).tanh();
+            assert!((f64::from(tanh1(x)) - exact).abs() < 4e-7, "{x}: {} {exact}", tanh1(x));
+        }
+    }
+
+    #[test]
+    fn quantizes_to_the_nearest() {
+        let x: Vec<f32> =
+            (0..96).map(|i| ((i * 37 % 101) as f32 - 50.0) * (i / 32) as f32).collect();
+        let (mut q, mut scales) = (vec![0i8; 96], vec![0.0; 3]);
+        let (mut s16, mut s32) = (vec![0.0; 6], vec![0.0; 3]);
+        quantize(&x, &mut q, &mut scales, &mut s16, &mut s32);
+        for (i, x) in x.iter().enumerate() {
+            assert!((x - scales[i / 32] * f32::from(q[i])).abs() <= 0.5001 * scales[i / 32]);
+        }
+        assert_eq!(scales[0], 0.0);
+        let sum =
+            |r: std::ops::Range<usize>| q[r].iter().map(|q| i32::from(*q)).sum::<i32>() as f32;
+        assert_eq!(s16[3], scales[1] * sum(48..64));
+        assert_eq!(s32[2], scales[2] * sum(64..96));
+    }
+}
