@@ -6,11 +6,13 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 
 use super::terminal::note;
+use crate::bad_usage;
 use crate::cpu::CacheType;
 use crate::error::{Error, Result};
 use crate::gguf::{Bytes, Gguf};
 use crate::model::Model;
 use crate::session::{Options, Session};
+use crate::simd::{self, Level};
 
 /// The model that ships: 5.8 M parameters, trained on public-domain books.
 static SHIPPED: &[u8] =
@@ -60,12 +62,27 @@ pub(super) struct RunArgs {
     /// Threads [default: one per core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Leaves threads to the system, instead of one core for each
+    #[arg(long)]
+    no_pin: bool,
+    /// Multiplies quantized weights with activations in full precision, instead of 8 bits; slow
+    #[arg(long)]
+    exact: bool,
+    /// Instruction set [default: the best that the processor has]
+    #[arg(long, value_name = "LEVEL", env = "QKOV_SIMD")]
+    simd: Option<SimdArg>,
     /// Context in tokens [default: as trained, at most 8192]
     #[arg(short, long, value_name = "N")]
     pub(super) ctx: Option<usize>,
     /// Format of cached keys and values
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     cache: CacheArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SimdArg {
+    Scalar,
+    Avx2,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -82,6 +99,11 @@ impl RunArgs {
         Ok(Arc::new(model))
     }
 
+    /// Whether threads stay on cores of their own.
+    pub(super) fn pin(&self) -> bool {
+        !self.no_pin
+    }
+
     /// An empty session with the context that was asked for.
     pub(super) fn session(&self, model: Arc<Model>) -> Result<Session> {
         self.session_of(model, self.ctx)
@@ -92,6 +114,17 @@ impl RunArgs {
         let mut options = Options { n_ctx, ..Options::default() };
         if let Some(threads) = self.threads {
             options.n_threads = threads.into();
+        }
+        options.pin = self.pin();
+        options.exact = self.exact;
+        let level = self.simd.map(|level| match level {
+            SimdArg::Scalar => Level::Scalar,
+            SimdArg::Avx2 => Level::Avx2,
+        });
+        if let Some(level) = level
+            && !simd::set_level(level)
+        {
+            bad_usage!("--simd {}: this processor does not have it", level.name());
         }
         options.cache = match self.cache {
             CacheArg::F16 => CacheType::F16,

@@ -1,11 +1,18 @@
-//! The CPU engine: one forward pass for every architecture, in plain `f32`.
+//! The CPU engine: one forward pass for every architecture, on packed weights.
 //!
-//! Sums have one definite order, whatever the machine and the number of threads, and functions
-//! such as `exp` come from `libm` in Rust: the same file and tokens give the same bits everywhere.
+//! A result has the same bits with any number of threads and however tokens are fed: together or
+//! one by one. It differs in the last bits between instruction sets ([`crate::simd::Level`]).
 
 mod cache;
 mod forward;
+mod kernels;
+mod limits;
 mod ops;
+mod rows;
+mod threads;
+mod weights;
 
 pub use cache::{CacheType, KvCache};
 pub use forward::Engine;
+pub use limits::Limits;
+pub use threads::default_threads;

@@ -1,112 +1,28 @@
-//! The operations of the forward pass.
-
-use rayon::prelude::*;
+//! The operations of the forward pass on single rows.
 
 use crate::arch::{Activation, Norm, NormKind, Pairing, Rope, Scaling};
-use crate::model::{Linear, NormWeight, Weight};
-use crate::quant::dot_f32;
+use crate::model::NormWeight;
+use crate::simd;
 
-/// Rows of a matrix that one task multiplies.
-const ROWS_PER_TASK: usize = 16;
-
-/// `out = x W^T + b`. `x: [n, n_in]`, `out: [n, n_out]`
-pub(super) fn linear(w: &Linear, x: &[f32], out: &mut [f32], scratch: &mut Vec<f32>) {
-    matmul(&w.weight, x, out, scratch);
-    if let Some(bias) = &w.bias {
-        out.chunks_exact_mut(bias.len()).for_each(|row| add(row, bias));
-    }
-}
-
-/// `out = x W^T`. Every weight row is read once, and decoded once for all rows of `x`.
-pub(super) fn matmul(w: &Weight, x: &[f32], out: &mut [f32], scratch: &mut Vec<f32>) {
-    let n = x.len() / w.n_in;
-    if n == 1 {
-        out.par_chunks_mut(ROWS_PER_TASK).enumerate().for_each(|(task, out)| {
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = w.format.dot(w.row(task * ROWS_PER_TASK + i), x);
-            }
-        });
-        return;
-    }
-    // By weight row first, so that every task owns what it writes; then turned around.
-    scratch.clear();
-    scratch.resize(n * w.n_out, 0.0);
-    scratch.par_chunks_mut(ROWS_PER_TASK * n).enumerate().for_each_init(
-        || vec![0.0f32; w.n_in],
-        |row, (task, out)| {
-            for (i, out) in out.chunks_exact_mut(n).enumerate() {
-                w.format.dequantize(w.row(task * ROWS_PER_TASK + i), row);
-                for (out, x) in out.iter_mut().zip(x.chunks_exact(w.n_in)) {
-                    *out = dot_f32(row, x);
-                }
-            }
-        },
-    );
-    out.par_chunks_exact_mut(w.n_out).enumerate().for_each(|(t, out)| {
-        for (out, column) in out.iter_mut().zip(scratch.chunks_exact(n)) {
-            *out = column[t];
-        }
-    });
-}
-
-/// `a += b`.
-pub(super) fn add(a: &mut [f32], b: &[f32]) {
-    a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-}
-
-/// `x *= factor`; nothing for 1.
-pub(super) fn scale(x: &mut [f32], factor: f32) {
-    if factor != 1.0 {
-        x.iter_mut().for_each(|x| *x *= factor);
-    }
-}
-
-/// `x = cap * tanh(x / cap)`.
-pub(super) fn softcap(x: &mut [f32], cap: f32) {
-    x.iter_mut().for_each(|x| *x = cap * libm::tanhf(*x / cap));
-}
-
-/// Norms every row of `x` into `out`; a row is as long as the weight.
-pub(super) fn norm(kind: Norm, w: &NormWeight, x: &[f32], out: &mut [f32]) {
-    let n = w.weight.len();
-    for (x, out) in x.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
-        out.copy_from_slice(x);
-        norm_row(kind, w, out);
-    }
-}
-
-/// Norms one row in place. Moments are summed in f64.
+/// Norms one row in place.
 pub(super) fn norm_row(kind: Norm, w: &NormWeight, x: &mut [f32]) {
-    let mean_of = |f: &dyn Fn(f32) -> f64| x.iter().map(|x| f(*x)).sum::<f64>() / x.len() as f64;
+    let n = x.len() as f32;
     let mean = match kind.kind {
         NormKind::Rms => 0.0,
-        NormKind::Layer => mean_of(&|x| x.into()),
+        NormKind::Layer => simd::sum(x) / n,
     };
-    let variance = mean_of(&|x| (f64::from(x) - mean) * (f64::from(x) - mean));
-    let scale = (1.0 / (variance + f64::from(kind.eps)).sqrt()) as f32;
-    let mean = mean as f32;
-    for (x, weight) in x.iter_mut().zip(&w.weight) {
-        *x = (*x - mean) * scale * weight;
-    }
+    let variance = simd::squares(x, mean) / n;
+    simd::shift_scale(x, mean, 1.0 / (variance + kind.eps).sqrt(), &w.weight);
     if let Some(bias) = &w.bias {
-        add(x, bias);
+        simd::add(x, bias);
     }
 }
 
 /// The FFN's nonlinearity, in place.
 pub(super) fn activate(kind: Activation, x: &mut [f32]) {
-    let each = |f: fn(f32) -> f32, x: &mut [f32]| {
-        x.par_chunks_mut(4096).for_each(|x| x.iter_mut().for_each(|x| *x = f(*x)));
-    };
     match kind {
-        Activation::Silu => each(|x| x / (1.0 + libm::expf(-x)), x),
-        Activation::GeluTanh => each(
-            |x| {
-                const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-                0.5 * x * (1.0 + libm::tanhf(SQRT_2_OVER_PI * (x + 0.044_715 * x * x * x)))
-            },
-            x,
-        ),
+        Activation::Silu => simd::silu(x),
+        Activation::GeluTanh => simd::gelu_tanh(x),
     }
 }
 

@@ -20,7 +20,7 @@ pub struct Bytes {
 enum Source {
     Map(Arc<Mmap>),
     Static(&'static [u8]),
-    Owned(Arc<[u8]>),
+    Owned(Arc<Vec<u8>>),
 }
 
 impl Bytes {
@@ -77,7 +77,7 @@ impl From<&'static [u8]> for Bytes {
 impl From<Vec<u8>> for Bytes {
     fn from(bytes: Vec<u8>) -> Bytes {
         let range = 0..bytes.len();
-        Bytes { source: Source::Owned(bytes.into()), range }
+        Bytes { source: Source::Owned(Arc::new(bytes)), range }
     }
 }
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::bad_usage;
-use crate::cpu::{CacheType, Engine, KvCache};
+use crate::cpu::{CacheType, Engine, KvCache, default_threads};
 use crate::error::Result;
 use crate::model::Model;
 
@@ -23,14 +23,23 @@ pub struct Options {
     pub n_ctx: Option<usize>,
     /// Threads that compute.
     pub n_threads: usize,
+    /// Whether each of them stays on a core of its own.
+    pub pin: bool,
+    /// Whether activations stay `f32` where they would be rounded to 8 bits; slow.
+    pub exact: bool,
     /// The format of cached keys and values.
     pub cache: CacheType,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Options { n_ctx: None, n_threads, cache: CacheType::F16 }
+        Options {
+            n_ctx: None,
+            n_threads: default_threads(),
+            pin: true,
+            exact: false,
+            cache: CacheType::F16,
+        }
     }
 }
 
@@ -63,7 +72,7 @@ impl Session {
         }
         let geometry = model.attention.iter().map(|a| a.geometry);
         let cache = KvCache::new(geometry, n_ctx, options.cache)?;
-        let engine = Engine::new(&model, options.n_threads)?;
+        let engine = Engine::new(&model, options.n_threads, options.pin, options.exact)?;
         Ok(Session { model, engine, cache, tokens: Vec::new(), logits: Vec::new(), warnings })
     }
 
@@ -85,6 +94,17 @@ impl Session {
     /// Size of the cache in bytes.
     pub fn cache_bytes(&self) -> usize {
         self.cache.n_bytes()
+    }
+
+    /// Bytes that a token at `position` reads: weights, keys and values.
+    pub fn bytes_per_token(&self, position: usize) -> f64 {
+        let cached = self.cache.n_bytes() as f64 / self.n_ctx() as f64;
+        self.engine.weight_bytes() as f64 + cached * position as f64
+    }
+
+    /// Products of weights and activations that a token needs.
+    pub fn n_products(&self) -> usize {
+        self.engine.n_products()
     }
 
     /// The tokens read so far.

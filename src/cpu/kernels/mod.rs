@@ -1,0 +1,322 @@
+//! Matrix products on packed panels: one table of functions per instruction set.
+//!
+//! `out[t][r] = sum_k x[t][k] w[r][k]`. For integer layouts, `x` is quantized to 8 bits in blocks of
+//! 32 ([`Activations`]); whole-number sums of a block are exact, and are then scaled and added in
+//! `f32` in the order of the blocks. For float layouts everything is `f32`, added in the order of `k`.
+//! So a result has the same bits whatever else is computed with it: one token or many, any thread.
+#![allow(unsafe_code)]
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod layout;
+mod scalar;
+
+pub use layout::{LAYOUTS, layout_of};
+
+use super::threads::Columns;
+use crate::simd::{self, Level};
+
+/// Rows that a panel interleaves.
+pub const LANES: usize = 8;
+
+/// Panels that lie one after the other, and the shape of what is in them.
+#[derive(Clone, Copy)]
+pub struct Panels<'a> {
+    /// Index into [`LAYOUTS`].
+    pub layout: usize,
+    /// The first panel and what follows it.
+    pub bytes: &'a [u8],
+    /// Bytes from one panel to the next; at least what `n_in` elements need.
+    pub stride: usize,
+    /// Elements of a row.
+    pub n_in: usize,
+    /// Rows; the last panel may have fewer than [`LANES`].
+    pub n_rows: usize,
+}
+
+/// Rows of activations, as `f32` and, for integer layouts, quantized.
+#[derive(Clone, Copy, Default)]
+pub struct Activations<'a> {
+    /// Number of rows.
+    pub n: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// `[n, stride]`
+    pub floats: &'a [f32],
+    /// `[n, stride]`
+    pub quants: &'a [i8],
+    /// `[n, stride / 32]`
+    pub scales: &'a [f32],
+    /// Sums of `scale * quant`. `[n, stride / 16]`
+    pub sums16: &'a [f32],
+    /// `[n, stride / 32]`
+    pub sums32: &'a [f32],
+}
+
+/// Memory that a thread keeps for unpacked panels.
+#[derive(Default)]
+pub struct Scratch(Vec<Aligned>);
+
+/// What the widest load needs.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+#[allow(dead_code)]
+struct Aligned([u8; 64]);
+
+impl Scratch {
+    /// At least `n` bytes.
+    fn bytes(&mut self, n: usize) -> *mut u8 {
+        if self.0.len() * 64 < n {
+            self.0.resize(n.div_ceil(64), Aligned([0; 64]));
+        }
+        self.0.as_mut_ptr().cast()
+    }
+}
+
+/// Multiplies: panels, activations, scratch, output, and the output's element of the first row.
+type Multiply = unsafe fn(&Panels, &Activations, &mut Scratch, Columns<f32>, usize);
+
+/// The functions of a level, in the order of [`LAYOUTS`].
+fn table(level: Level) -> &'static [Multiply] {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => &avx2::TABLE,
+        _ => &scalar::TABLE,
+    }
+}
+
+/// Writes the products of all rows of `x` with all rows of `panels` to `out[t][start..]`.
+///
+/// # Safety
+/// Nobody else uses those parts of `out` meanwhile.
+pub unsafe fn multiply(
+    panels: &Panels,
+    x: &Activations,
+    scratch: &mut Scratch,
+    out: Columns<f32>,
+    start: usize,
+) {
+    let layout = &LAYOUTS[panels.layout];
+    let (n, k) = (x.n, panels.n_in);
+    if n == 0 || panels.n_rows == 0 || k == 0 {
+        return;
+    }
+    // What the functions below rely on.
+    let n_panels = panels.n_rows.div_ceil(LANES);
+    let panel = layout.panel_bytes(k, LANES);
+    assert!(k.is_multiple_of(layout.block_len) && x.stride >= k);
+    assert!(panels.bytes.len() >= (n_panels - 1) * panels.stride + panel && panels.stride >= panel);
+    let last = (n - 1) * x.stride;
+    match layout.integer {
+        true => {
+            assert!(x.stride.is_multiple_of(32) && x.quants.len() >= last + k);
+            assert!(x.scales.len() * 32 >= last + k && x.sums32.len() * 32 >= last + k);
+            assert!(x.sums16.len() * 16 >= last + k);
+        }
+        false => assert!(x.floats.len() >= last + k),
+    }
+    assert!(out.n() >= n);
+    // SAFETY: the level is available, the lengths are as checked; the caller promises the rest.
+    unsafe { table(simd::level())[panels.layout](panels, x, scratch, out, start) }
+}
+
+/// Operations (multiplications and additions) of one round of [`products_in_registers`].
+pub fn ops_per_round() -> usize {
+    match simd::level() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => avx2::OPS_PER_ROUND,
+        _ => scalar::OPS_PER_ROUND,
+    }
+}
+
+/// Multiplies and adds 8-bit integers as fast as the level can, without touching memory.
+pub fn products_in_registers(rounds: usize) {
+    match simd::level() {
+        // SAFETY: the level is available.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => unsafe { avx2::products_in_registers(rounds) },
+        _ => scalar::products_in_registers(rounds),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::{FORMATS, Format};
+
+    fn random(state: &mut u64) -> u64 {
+        *state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *state >> 33
+    }
+
+    /// Rows of random bits, with scales near 1 % where a format has half-precision ones.
+    fn rows(format: &Format, n_in: usize, n_rows: usize, seed: &mut u64) -> Vec<Vec<u8>> {
+        let halves: &[usize] = match format.ty.name {
+            "Q4_0" | "Q5_0" | "Q8_0" | "IQ4_NL" | "IQ4_XS" => &[0],
+            "Q4_1" | "Q5_1" | "Q4_K" | "Q5_K" => &[0, 2],
+            "Q6_K" => &[208],
+            _ => &[],
+        };
+        let block = |seed: &mut u64| -> Vec<u8> {
+            let float = (random(seed) as f32 / (1u64 << 30) as f32 - 1.0) * 0.02;
+            match format.ty.name {
+                "F32" => return float.to_le_bytes().to_vec(),
+                "F16" => return half::f16::from_f32(float).to_le_bytes().to_vec(),
+                "BF16" => return half::bf16::from_f32(float).to_le_bytes().to_vec(),
+                _ => {}
+            }
+            let mut bytes: Vec<u8> =
+                (0..format.ty.block_bytes).map(|_| random(seed) as u8).collect();
+            for at in halves {
+                bytes[*at..at + 2].copy_from_slice(&half::f16::from_f32(float).to_le_bytes());
+            }
+            if format.ty.name == "MXFP4" {
+                bytes[0] = 120 + bytes[0] % 4;
+            }
+            bytes
+        };
+        (0..n_rows)
+            .map(|_| (0..n_in / format.ty.block_len).flat_map(|_| block(seed)).collect())
+            .collect()
+    }
+
+    struct Input {
+        n: usize,
+        floats: Vec<f32>,
+        quants: Vec<i8>,
+        scales: Vec<f32>,
+        sums16: Vec<f32>,
+        sums32: Vec<f32>,
+    }
+
+    fn input(n: usize, k: usize, seed: &mut u64) -> Input {
+        let floats: Vec<f32> =
+            (0..n * k).map(|_| random(seed) as f32 / (1u64 << 30) as f32 - 1.0).collect();
+        let mut x = Input {
+            n,
+            floats,
+            quants: vec![0; n * k],
+            scales: vec![0.0; n * k / 32],
+            sums16: vec![0.0; n * k / 16],
+            sums32: vec![0.0; n * k / 32],
+        };
+        if k.is_multiple_of(32) {
+            let Input { floats, quants, scales, sums16, sums32, .. } = &mut x;
+            simd::quantize(floats, quants, scales, sums16, sums32);
+        }
+        x
+    }
+
+    fn run(level: Level, panels: &Panels, x: &Input) -> Vec<f32> {
+        let x_view = Activations {
+            n: x.n,
+            stride: panels.n_in,
+            floats: &x.floats,
+            quants: &x.quants,
+            scales: &x.scales,
+            sums16: &x.sums16,
+            sums32: &x.sums32,
+        };
+        let mut out = vec![f32::NAN; x.n * panels.n_rows];
+        let columns = Columns::new(&mut out, panels.n_rows);
+        // SAFETY: nobody else knows `out`; the level is available.
+        unsafe {
+            table(level)[panels.layout](panels, &x_view, &mut Scratch::default(), columns, 0)
+        };
+        out
+    }
+
+    /// Every layout on every level against the sum of products of what the format stores.
+    #[test]
+    fn products_are_sums_of_products() {
+        let mut seed = 1;
+        for (i, layout) in LAYOUTS.iter().enumerate() {
+            let format = FORMATS.iter().find(|f| f.ty.name == layout.name).unwrap();
+            let widths: &[usize] = match layout.block_len {
+                1 => &[1, 2, 7, 64, 172],
+                32 => &[32, 64, 160],
+                _ => &[256, 768],
+            };
+            for (k, n_rows) in widths.iter().flat_map(|k| [1, 7, 8, 9, 40].map(|n| (*k, n))) {
+                let rows = rows(format, k, n_rows, &mut seed);
+                let stride = layout.panel_bytes(k, LANES);
+                let mut bytes = vec![0u8; stride * n_rows.div_ceil(LANES)];
+                for (p, panel) in bytes.chunks_exact_mut(stride).enumerate() {
+                    let rows = rows.iter().skip(p * LANES).take(LANES).map(|r| &r[..]);
+                    layout.pack_panel(format, rows, LANES, panel);
+                }
+                let panels = Panels { layout: i, bytes: &bytes, stride, n_in: k, n_rows };
+                let x = input(9, k, &mut seed);
+                for level in Level::ALL.into_iter().filter(|l| l.is_available()) {
+                    let got = run(level, &panels, &x);
+                    for (t, r) in (0..x.n).flat_map(|t| (0..n_rows).map(move |r| (t, r))) {
+                        let mut w = vec![0.0; k];
+                        format.dequantize(&rows[r], &mut w);
+                        let x = |i: usize| match layout.integer {
+                            true => {
+                                f64::from(x.quants[t * k + i])
+                                    * f64::from(x.scales[(t * k + i) / 32])
+                            }
+                            false => f64::from(x.floats[t * k + i]),
+                        };
+                        let products = || (0..k).map(|i| x(i) * f64::from(w[i]));
+                        let (exact, size) =
+                            (products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
+                        let got = f64::from(got[t * n_rows + r]);
+                        assert!(
+                            (got - exact).abs() <= 4e-6 * size + 1e-9,
+                            "{} {} [{k}, {n_rows}] token {t} row {r}: {got} {exact}",
+                            layout.name,
+                            level.name(),
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// A token's results do not depend on what is computed beside them.
+    #[test]
+    fn batches_do_not_change_bits() {
+        let mut seed = 2;
+        for (i, layout) in LAYOUTS.iter().enumerate() {
+            let format = FORMATS.iter().find(|f| f.ty.name == layout.name).unwrap();
+            let (k, n_rows) = (512, 37);
+            let rows = rows(format, k, n_rows, &mut seed);
+            let stride = layout.panel_bytes(k, LANES);
+            let mut bytes = vec![0u8; stride * n_rows.div_ceil(LANES)];
+            for (p, panel) in bytes.chunks_exact_mut(stride).enumerate() {
+                let rows = rows.iter().skip(p * LANES).take(LANES).map(|r| &r[..]);
+                layout.pack_panel(format, rows, LANES, panel);
+            }
+            let panels = Panels { layout: i, bytes: &bytes, stride, n_in: k, n_rows };
+            for level in Level::ALL.into_iter().filter(|l| l.is_available()) {
+                for n in 2..12 {
+                    let x = input(n, k, &mut seed);
+                    let all = run(level, &panels, &x);
+                    for t in 0..n {
+                        let part =
+                            |v: &[f32], per: usize| v[t * k / per..(t + 1) * k / per].to_vec();
+                        let one = Input {
+                            n: 1,
+                            floats: part(&x.floats, 1),
+                            quants: x.quants[t * k..(t + 1) * k].to_vec(),
+                            scales: part(&x.scales, 32),
+                            sums16: part(&x.sums16, 16),
+                            sums32: part(&x.sums32, 32),
+                        };
+                        let one = run(level, &panels, &one);
+                        assert_eq!(
+                            one,
+                            all[t * n_rows..(t + 1) * n_rows],
+                            "{} {}",
+                            layout.name,
+                            level.name()
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The engine's copy of a model's matrices: packed for the kernels, or read where they lie.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use memmap2::MmapMut;
+
+use super::kernels::{Activations, LANES, LAYOUTS, Panels, Scratch, layout_of, multiply};
+use super::threads::{Columns, Team};
+use crate::error::{Error, Result};
+use crate::model::{Layer, Linear, Model, Weight};
+use crate::simd;
+
+/// Bytes at which every packed matrix begins, for whole vectors.
+const ALIGNMENT: usize = 64;
+
+/// A matrix with its bias, ready to multiply.
+pub(super) struct Matrix {
+    /// Elements of a row.
+    pub(super) n_in: usize,
+    /// Rows.
+    pub(super) n_out: usize,
+    /// Whether it needs activations as integers.
+    pub(super) integer: bool,
+    bias: Option<Vec<f32>>,
+    place: Place,
+}
+
+enum Place {
+    /// In panels, from a byte of the arena on.
+    Packed { arena: Arc<MmapMut>, start: usize, layout: usize, stride: usize },
+    /// In the file, for formats without a layout.
+    File(Weight),
+}
+
+/// The matrices of one layer.
+pub(super) struct LayerMatrices {
+    pub(super) attn_q: Matrix,
+    pub(super) attn_k: Matrix,
+    pub(super) attn_v: Matrix,
+    pub(super) attn_output: Matrix,
+    pub(super) ffn_gate: Option<Matrix>,
+    pub(super) ffn_up: Matrix,
+    pub(super) ffn_down: Matrix,
+}
+
+/// All matrices that are multiplied.
+pub(super) struct Matrices {
+    pub(super) layers: Vec<LayerMatrices>,
+    pub(super) output: Matrix,
+}
+
+/// The matrices of a layer, in the order in which they are packed.
+fn linears(l: &Layer) -> impl Iterator<Item = &Linear> {
+    let attention = [&l.attn_q, &l.attn_k, &l.attn_v, &l.attn_output].into_iter();
+    attention.chain(&l.ffn_gate).chain([&l.ffn_up, &l.ffn_down])
+}
+
+/// What becomes of a weight: its layout, and the bytes of its packed copy; `None` for one that
+/// stays in the file. `exact`: only layouts that lose nothing of the activations.
+fn packed(w: &Weight, exact: bool) -> Option<(usize, usize)> {
+    let i = layout_of(w.format).filter(|i| !(exact && LAYOUTS[*i].integer))?;
+    Some((i, LAYOUTS[i].panel_bytes(w.n_in, LANES) * w.n_out.div_ceil(LANES)))
+}
+
+impl Matrices {
+    /// Packs all matrices of a model into one piece of memory.
+    pub(super) fn new(model: &Model, team: &Team, exact: bool) -> Result<Matrices> {
+        let weights = model.layers.iter().flat_map(linears).map(|l| &l.weight);
+        let weights: Vec<&Weight> = weights.chain([&model.output]).collect();
+        let sizes = weights.iter().map(|w| packed(w, exact).map_or(0, |p| p.1));
+        let sizes: Vec<usize> = sizes.map(|n| n.next_multiple_of(ALIGNMENT)).collect();
+        let total: usize = sizes.iter().sum();
+        let mut arena = MmapMut::map_anon(total.max(1)).map_err(|e| {
+            Error::Runtime(format!("no memory for {} MB of weights: {e}", total / 1_000_000))
+        })?;
+        // Fewer page faults and look-ups; a system without them is only slower.
+        #[cfg(target_os = "linux")]
+        let _ = arena.advise(memmap2::Advice::HugePage);
+        team.enter(team.n_threads(), |crew| {
+            let mut rest = &mut arena[..];
+            for (w, size) in weights.iter().zip(&sizes) {
+                let (this, next) = rest.split_at_mut(*size);
+                rest = next;
+                let Some((layout, n_bytes)) = packed(w, exact) else { continue };
+                let panel = LAYOUTS[layout].panel_bytes(w.n_in, LANES);
+                crew.chunks(&mut this[..n_bytes], panel, |_, i, out| {
+                    let rows = (i * LANES..w.n_out.min((i + 1) * LANES)).map(|r| w.row(r));
+                    LAYOUTS[layout].pack_panel(w.format, rows, LANES, out);
+                });
+            }
+        });
+        let arena = Arc::new(arena);
+        let (mut sizes, mut start) = (sizes.into_iter(), 0);
+        let mut matrix = |w: &Weight, bias: Option<&Vec<f32>>| {
+            let place = match packed(w, exact) {
+                Some((layout, _)) => {
+                    let stride = LAYOUTS[layout].panel_bytes(w.n_in, LANES);
+                    Place::Packed { arena: arena.clone(), start, layout, stride }
+                }
+                None => Place::File(w.clone()),
+            };
+            start += sizes.next().unwrap_or(0);
+            let integer = packed(w, exact).is_some_and(|p| LAYOUTS[p.0].integer);
+            Matrix { n_in: w.n_in, n_out: w.n_out, integer, bias: bias.cloned(), place }
+        };
+        let mut linear = |l: &Linear| matrix(&l.weight, l.bias.as_ref());
+        // In the order of `linears`.
+        let layers = model
+            .layers
+            .iter()
+            .map(|l| LayerMatrices {
+                attn_q: linear(&l.attn_q),
+                attn_k: linear(&l.attn_k),
+                attn_v: linear(&l.attn_v),
+                attn_output: linear(&l.attn_output),
+                ffn_gate: l.ffn_gate.as_ref().map(&mut linear),
+                ffn_up: linear(&l.ffn_up),
+                ffn_down: linear(&l.ffn_down),
+            })
+            .collect();
+        Ok(Matrices { layers, output: matrix(&model.output, None) })
+    }
+
+    /// Every matrix.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Matrix> {
+        self.layers.iter().flat_map(LayerMatrices::all).chain([&self.output])
+    }
+}
+
+impl LayerMatrices {
+    fn all(&self) -> impl Iterator<Item = &Matrix> {
+        let attention = [&self.attn_q, &self.attn_k, &self.attn_v, &self.attn_output].into_iter();
+        attention.chain(&self.ffn_gate).chain([&self.ffn_up, &self.ffn_down])
+    }
+}
+
+impl Matrix {
+    /// Bytes of its elements.
+    pub(super) fn n_bytes(&self) -> usize {
+        match &self.place {
+            Place::Packed { stride, .. } => self.n_out.div_ceil(LANES) * stride,
+            Place::File(w) => w.format.row_bytes(w.n_in) * w.n_out,
+        }
+    }
+
+    /// `out[t][start..] = x W^T + b` for `n_rows` rows from `row` on, a multiple of [`LANES`].
+    ///
+    /// # Safety
+    /// Nobody else uses those parts of `out` meanwhile.
+    pub(super) unsafe fn multiply(
+        &self,
+        (row, n_rows): (usize, usize),
+        x: &Activations,
+        scratch: &mut Scratch,
+        out: Columns<f32>,
+        start: usize,
+    ) {
+        match &self.place {
+            Place::Packed { arena, start: at, layout, stride } => {
+                let panels = Panels {
+                    layout: *layout,
+                    bytes: &arena[at + row / LANES * stride..],
+                    stride: *stride,
+                    n_in: self.n_in,
+                    n_rows,
+                };
+                // SAFETY: the caller's promise.
+                unsafe { multiply(&panels, x, scratch, out, start) };
+            }
+            Place::File(w) => {
+                let mut floats = vec![0.0f32; self.n_in];
+                for r in 0..n_rows {
+                    w.format.dequantize(w.row(row + r), &mut floats);
+                    for t in 0..x.n {
+                        let x = &x.floats[t * x.stride..t * x.stride + self.n_in];
+                        // SAFETY: the caller's promise.
+                        let out = unsafe { out.part(t, start + r, 1) };
+                        out.fill(simd::dot(&floats, x));
+                    }
+                }
+            }
+        }
+        if let Some(bias) = &self.bias {
+            for t in 0..x.n {
+                // SAFETY: the caller's promise.
+                simd::add(unsafe { out.part(t, start, n_rows) }, &bias[row..row + n_rows]);
+            }
+        }
+    }
+}
