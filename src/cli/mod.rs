@@ -1,5 +1,6 @@
 //! The command line: one file per command, one line in the table.
 
+mod bench;
 mod chat;
 mod eval;
 mod generate;
@@ -45,6 +46,7 @@ static COMMANDS: &[Entry] = &[
     entry::<chat::Chat>(),
     entry::<generate::Generate>(),
     entry::<eval::Eval>(),
+    entry::<bench::Bench>(),
     entry::<inspect::Inspect>(),
     entry::<tokenize::Tokenize>(),
     entry::<template::Template>(),

@@ -1,0 +1,234 @@
+//! `qkov bench`: how fast a model reads and writes, and what share of the machine that is.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::Run;
+use super::options::RunArgs;
+use super::terminal::{note, print, print_json, progress};
+use crate::bad_usage;
+use crate::cpu::Limits;
+use crate::error::Result;
+use crate::measure::latency::{Latency, Test, mean_and_deviation, measure, median, percentile};
+use crate::measure::shape;
+use crate::model::Model;
+use crate::session::Session;
+
+#[derive(Args)]
+pub(super) struct Bench {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Times a synthetic model of this published shape instead of a file
+    #[arg(long, value_name = "NAME", conflicts_with = "model", value_parser = clap::builder::PossibleValuesParser::new(shape::SHAPES.iter().map(|s| s.name)))]
+    shape: Option<String>,
+    /// Formats of the synthetic model, as llama-quantize names them
+    #[arg(long = "type", value_name = "TYPE", default_value = "Q4_K_M")]
+    mixture: String,
+    /// Tokens of the prompt; several tests with commas, 0 for none
+    #[arg(short = 'p', long, value_name = "N", value_delimiter = ',', default_value = "512")]
+    n_prompt: Vec<usize>,
+    /// Tokens to generate; several tests with commas, 0 for none
+    #[arg(short = 'n', long, value_name = "N", value_delimiter = ',', default_value = "128")]
+    n_gen: Vec<usize>,
+    /// Also tests that read a prompt and generate: --pg 512,128
+    #[arg(long = "pg", value_name = "P,N", value_parser = prompt_and_gen)]
+    both: Vec<(usize, usize)>,
+    /// Tokens in the cache before each test; several with commas
+    #[arg(short = 'd', long, value_name = "N", value_delimiter = ',', default_value = "0")]
+    n_depth: Vec<usize>,
+    /// Repetitions of each test, after a warm-up
+    #[arg(short, long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u16).range(1..))]
+    repetitions: u16,
+    /// Form of the output
+    #[arg(short, long, value_name = "FORM", default_value = "md")]
+    output: Form,
+    /// The same as --output json
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Form {
+    Md,
+    Json,
+    Csv,
+}
+
+fn prompt_and_gen(text: &str) -> std::result::Result<(usize, usize), String> {
+    let both = text.split_once(',').and_then(|(p, n)| Some((p.parse().ok()?, n.parse().ok()?)));
+    both.ok_or_else(|| "two numbers with a comma between them".into())
+}
+
+impl Run for Bench {
+    const NAME: &'static str = "bench";
+    const ABOUT: &'static str = "Time prompts and generation, against the limits of the machine";
+
+    fn run(self) -> Result<()> {
+        let tests = self.tests()?;
+        let start = Instant::now();
+        let model = self.open()?;
+        let n_ctx = tests.iter().map(Test::n_ctx).max();
+        let mut session = self.run.session_of(model, n_ctx)?;
+        session.feed(&[0])?;
+        // From nothing to the logits of one token.
+        let open_ms = start.elapsed().as_secs_f64() * 1e3;
+        let limits = Limits::measure(session.n_threads(), self.run.pin())?;
+        let bar = progress(tests.len() * (usize::from(self.repetitions) + 1), "repetitions");
+        let mut results = Vec::new();
+        for test in tests {
+            let reps = usize::from(self.repetitions);
+            results.push(measure(&mut session, test, reps, &mut || bar.inc(1))?);
+        }
+        bar.finish_and_clear();
+        let rows: Vec<Value> =
+            results.iter().map(|r| self.row(&session, &limits, open_ms, r)).collect();
+        match self.output {
+            _ if self.json => print_json(&rows),
+            Form::Json => print_json(&rows),
+            Form::Csv => print(csv(&rows).as_bytes()),
+            Form::Md => self.table(&session, &limits, open_ms, &results),
+        }
+    }
+}
+
+impl Bench {
+    fn tests(&self) -> Result<Vec<Test>> {
+        let prompts = self.n_prompt.iter().filter(|n| **n > 0).map(|n| (*n, 0));
+        let gens = self.n_gen.iter().filter(|n| **n > 0).map(|n| (0, *n));
+        let pairs: Vec<_> = prompts.chain(gens).chain(self.both.iter().copied()).collect();
+        if pairs.is_empty() {
+            bad_usage!("nothing to measure: -p, -n and --pg are all 0");
+        }
+        let at = |n_depth: &usize| {
+            let n_depth = *n_depth;
+            pairs.clone().into_iter().map(move |(n_prompt, n_gen)| Test {
+                n_prompt,
+                n_gen,
+                n_depth,
+            })
+        };
+        Ok(self.n_depth.iter().flat_map(at).collect())
+    }
+
+    fn open(&self) -> Result<Arc<Model>> {
+        let Some(name) = &self.shape else { return self.run.open() };
+        let gguf = shape::synthetic(shape::find(name)?, &self.mixture)?;
+        Ok(Arc::new(Model::from_gguf(gguf)?))
+    }
+
+    fn name(&self) -> String {
+        let synthetic = self.shape.as_ref().map(|s| format!("{s} {} (synthetic)", self.mixture));
+        synthetic.unwrap_or_else(|| self.run.model.name())
+    }
+
+    fn row(&self, session: &Session, limits: &Limits, open_ms: f64, r: &Latency) -> Value {
+        let model = session.model();
+        let [norm, form, mask] = model.plan.names();
+        let rates = r.rates();
+        let (avg, stddev) = mean_and_deviation(&rates);
+        let some = |list: &[f64], x: f64| (!list.is_empty()).then_some(x);
+        json!({
+            "build_commit": env!("QKOV_REVISION"),
+            "model_filename": self.name(),
+            "model_type": model.kind(),
+            "model_size": model.n_bytes(),
+            "n_params": model.n_params(),
+            "n_threads": session.n_threads(),
+            "simd": crate::simd::level().name(),
+            "norm": norm,
+            "form": form,
+            "mask": mask,
+            "n_prompt": r.test.n_prompt,
+            "n_gen": r.test.n_gen,
+            "n_depth": r.test.n_depth,
+            "avg_ts": avg,
+            "stddev_ts": stddev,
+            "median_ts": median(&rates),
+            "samples_ts": rates,
+            "ttft_ms": some(&r.first, 1e3 * median(&r.first)),
+            "ttft_cold_ms": open_ms,
+            "p50_ms": some(&r.steps, 1e3 * percentile(&r.steps, 0.5)),
+            "p99_ms": some(&r.steps, 1e3 * percentile(&r.steps, 0.99)),
+            "bytes_per_token": r.bytes_per_token,
+            "read_gb_s": r.read_rate().map(|x| x / 1e9),
+            "peak_share": r.share(limits),
+            "limit_read_gb_s": limits.read_bytes / 1e9,
+            "limit_int8_gop_s": limits.int8_ops / 1e9,
+            "peak_rss_mb": peak_rss().map(|b| b / 1e6),
+        })
+    }
+
+    fn table(
+        &self,
+        session: &Session,
+        limits: &Limits,
+        open_ms: f64,
+        results: &[Latency],
+    ) -> Result<()> {
+        let model = session.model();
+        let mut text = String::from(
+            "| model | size | params | threads | test | t/s | ttft ms | p50 ms | p99 ms | GB/s | of limit |\n\
+             | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+        );
+        let number =
+            |x: Option<f64>, digits: usize| x.map_or("".into(), |x| format!("{x:.digits$}"));
+        for r in results {
+            let (avg, stddev) = mean_and_deviation(&r.rates());
+            let some = |list: &[f64], x: f64| (!list.is_empty()).then_some(1e3 * x);
+            text += &format!(
+                "| {} | {:.2} MB | {:.2} M | {} | {} | {avg:.2} ± {stddev:.2} | {} | {} | {} | {} | {} |\n",
+                model.kind(),
+                model.n_bytes() as f64 / 1e6,
+                model.n_params() as f64 / 1e6,
+                session.n_threads(),
+                r.test.name(),
+                number(some(&r.first, median(&r.first)), 1),
+                number(some(&r.steps, percentile(&r.steps, 0.5)), 2),
+                number(some(&r.steps, percentile(&r.steps, 0.99)), 2),
+                number(r.read_rate().map(|x| x / 1e9), 1),
+                number(r.share(limits).map(|x| 100.0 * x), 1)
+                    + if r.share(limits).is_some() { " %" } else { "" },
+            );
+        }
+        print(text.as_bytes())?;
+        let rss =
+            peak_rss().map_or(String::new(), |b| format!(", {:.0} MB resident at most", b / 1e6));
+        note(&format!(
+            "{}: {open_ms:.0} ms from start to the first token{rss}; limits of {} threads ({}): {:.1} GB/s read, {:.0} GOP/s int8",
+            self.name(),
+            session.n_threads(),
+            crate::simd::level().name(),
+            limits.read_bytes / 1e9,
+            limits.int8_ops / 1e9,
+        ));
+        Ok(())
+    }
+}
+
+/// Most memory that the process has had, in bytes, where the system tells.
+fn peak_rss() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? * 1024.0)
+}
+
+/// One line per row; lists are in one field, separated by spaces.
+fn csv(rows: &[Value]) -> String {
+    let field = |value: &Value| match value {
+        Value::Null => String::new(),
+        Value::String(text) => format!("\"{}\"", text.replace('"', "\"\"")),
+        Value::Array(list) => list.iter().map(Value::to_string).collect::<Vec<_>>().join(" "),
+        other => other.to_string(),
+    };
+    let mut text = String::new();
+    for (i, row) in rows.iter().filter_map(Value::as_object).enumerate() {
+        if i == 0 {
+            text += &(row.keys().cloned().collect::<Vec<_>>().join(",") + "\n");
+        }
+        text += &(row.values().map(field).collect::<Vec<_>>().join(",") + "\n");
+    }
+    text
+}

@@ -1,0 +1,283 @@
+//! Models of known shapes with random weights, made in memory: for speed, only shapes and formats
+//! matter.
+
+use crate::bad_usage;
+use crate::error::Result;
+use crate::gguf::{Bytes, Data, Gguf, Value, ValueType, Writer};
+use crate::quant::{self, Format, Scales};
+
+/// The shape of a published model.
+pub struct Shape {
+    /// The name on the command line.
+    pub name: &'static str,
+    arch: &'static str,
+    n_embd: u64,
+    n_layer: u32,
+    n_head: u64,
+    n_head_kv: u64,
+    head_dim: u64,
+    n_ff: u64,
+    n_vocab: u64,
+    tied: bool,
+    qkv_bias: bool,
+    rope_base: f32,
+}
+
+/// Every shape, from its model's published configuration.
+pub static SHAPES: &[Shape] = &[
+    Shape {
+        name: "smollm2-135m",
+        arch: "llama",
+        n_embd: 576,
+        n_layer: 30,
+        n_head: 9,
+        n_head_kv: 3,
+        head_dim: 64,
+        n_ff: 1536,
+        n_vocab: 49_152,
+        tied: true,
+        qkv_bias: false,
+        rope_base: 1e5,
+    },
+    Shape {
+        name: "qwen2.5-0.5b",
+        arch: "qwen2",
+        n_embd: 896,
+        n_layer: 24,
+        n_head: 14,
+        n_head_kv: 2,
+        head_dim: 64,
+        n_ff: 4864,
+        n_vocab: 151_936,
+        tied: true,
+        qkv_bias: true,
+        rope_base: 1e6,
+    },
+    Shape {
+        name: "llama-3.2-1b",
+        arch: "llama",
+        n_embd: 2048,
+        n_layer: 16,
+        n_head: 32,
+        n_head_kv: 8,
+        head_dim: 64,
+        n_ff: 8192,
+        n_vocab: 128_256,
+        tied: true,
+        qkv_bias: false,
+        rope_base: 5e5,
+    },
+    Shape {
+        name: "llama-3.1-8b",
+        arch: "llama",
+        n_embd: 4096,
+        n_layer: 32,
+        n_head: 32,
+        n_head_kv: 8,
+        head_dim: 128,
+        n_ff: 14_336,
+        n_vocab: 128_256,
+        tied: false,
+        qkv_bias: false,
+        rope_base: 5e5,
+    },
+];
+
+/// A mixture of formats as `llama-quantize` makes it.
+struct Mixture {
+    name: &'static str,
+    most: &'static str,
+    /// `attn_v` and `ffn_down` of the layers that get more bits.
+    more: &'static str,
+    /// The output matrix, or the embeddings where they are it.
+    output: &'static str,
+}
+
+const fn plain(name: &'static str, output: &'static str) -> Mixture {
+    Mixture { name, most: name, more: name, output }
+}
+
+static MIXTURES: &[Mixture] = &[
+    plain("F32", "F32"),
+    plain("F16", "F16"),
+    plain("BF16", "BF16"),
+    plain("Q4_0", "Q6_K"),
+    plain("Q4_1", "Q6_K"),
+    plain("Q5_0", "Q6_K"),
+    plain("Q5_1", "Q6_K"),
+    plain("Q8_0", "Q8_0"),
+    plain("IQ4_NL", "Q6_K"),
+    plain("IQ4_XS", "Q6_K"),
+    plain("Q6_K", "Q6_K"),
+    Mixture { name: "Q4_K_M", most: "Q4_K", more: "Q6_K", output: "Q6_K" },
+    Mixture { name: "Q5_K_M", most: "Q5_K", more: "Q6_K", output: "Q6_K" },
+];
+
+/// The shape of this name.
+pub fn find(name: &str) -> Result<&'static Shape> {
+    match SHAPES.iter().find(|s| s.name == name) {
+        Some(shape) => Ok(shape),
+        None => {
+            let known: Vec<_> = SHAPES.iter().map(|s| s.name).collect();
+            bad_usage!("shape \"{name}\" is not known; known: {}", known.join(", "))
+        }
+    }
+}
+
+/// The format for rows of `n_in` elements: what was asked for, or where its blocks do not fit, what
+/// `llama-quantize` takes instead.
+fn fitting(name: &'static str, n_in: u64) -> &'static str {
+    match name {
+        _ if n_in.is_multiple_of(256) => name,
+        "Q4_K" => "Q5_0",
+        "Q5_K" => "Q5_1",
+        "Q6_K" => "Q8_0",
+        "IQ4_XS" => "IQ4_NL",
+        name => name,
+    }
+}
+
+/// Random bytes (xorshift64*), 8 at a time.
+fn random_bytes(n: usize, state: &mut u64) -> Vec<u8> {
+    let mut bytes = vec![0u8; n.next_multiple_of(8)];
+    for chunk in bytes.as_chunks_mut::<8>().0 {
+        *state ^= *state >> 12;
+        *state ^= *state << 25;
+        *state ^= *state >> 27;
+        *chunk = state.wrapping_mul(0x2545_F491_4F6C_DD1D).to_le_bytes();
+    }
+    bytes.truncate(n);
+    bytes
+}
+
+/// A row of random blocks whose elements are of the size of `1 / sqrt(n_in)`.
+fn random_blocks(format: &Format, n_in: u64, state: &mut u64) -> Vec<u8> {
+    let size = 1.0 / (n_in as f32).sqrt();
+    let mut bytes = random_bytes(format.row_bytes(n_in as usize), state);
+    let n = format.ty.block_bytes;
+    match format.scales {
+        Scales::None => {
+            for element in bytes.chunks_exact_mut(n) {
+                let unit = f32::from(element[0]) / 127.5 - 1.0;
+                match format.ty.name {
+                    "F16" => {
+                        element.copy_from_slice(&half::f16::from_f32(unit * size).to_le_bytes())
+                    }
+                    "BF16" => {
+                        element.copy_from_slice(&half::bf16::from_f32(unit * size).to_le_bytes())
+                    }
+                    _ => element.copy_from_slice(&(unit * size).to_le_bytes()),
+                }
+            }
+        }
+        Scales::Halves(places) => {
+            // Quants reach 2^3 to 2^7, sub-scales 2^6: near enough.
+            let half = half::f16::from_f32(size / 256.0).to_le_bytes();
+            for block in bytes.chunks_exact_mut(n) {
+                places.iter().for_each(|at| block[*at..at + 2].copy_from_slice(&half));
+            }
+        }
+        Scales::Exponent => {
+            let exponent = (127.0 + size.log2() - 2.0) as u8;
+            bytes.chunks_exact_mut(n).for_each(|block| block[0] = exponent);
+        }
+    }
+    bytes
+}
+
+/// A model of this shape whose matrices have the formats of a mixture such as `Q4_K_M`.
+pub fn synthetic(shape: &Shape, mixture: &str) -> Result<Gguf> {
+    Gguf::parse(Bytes::from(file(shape, mixture)?.to_bytes()?))
+}
+
+/// The same as a file that can be written.
+pub fn file(shape: &Shape, mixture: &str) -> Result<Writer<'static>> {
+    let Some(mixture) = MIXTURES.iter().find(|m| m.name == mixture) else {
+        let known: Vec<_> = MIXTURES.iter().map(|m| m.name).collect();
+        bad_usage!("type \"{mixture}\" is not known; known: {}", known.join(", "));
+    };
+    let mut writer = Writer::new();
+    metadata(shape, &mut writer)?;
+    let mut seed = 0x9E37_79B9_7F4A_7C15;
+    let mut matrix =
+        |writer: &mut Writer, name: &str, format: &'static str, n_in: u64, n_out: u64| {
+            let Some(format) = quant::format_named(fitting(format, n_in)) else {
+                bad_usage!("type \"{format}\" cannot be computed with");
+            };
+            seed += 1;
+            let mut state = seed;
+            // Made row by row while the file is, so that there is one copy only.
+            let rows = Data::stream(move |sink| {
+                (0..n_out).try_for_each(|_| sink(&random_blocks(format, n_in, &mut state)))
+            });
+            writer.tensor(name, format.ty, &[n_in, n_out], rows)
+        };
+    let Some(f32s) = quant::format_named("F32") else { bad_usage!("no F32") };
+    let vector = |writer: &mut Writer, name: &str, n: u64, x: f32| {
+        let data: Vec<u8> = std::iter::repeat_n(x.to_le_bytes(), n as usize).flatten().collect();
+        writer.tensor(name, f32s.ty, &[n], Data::View(Bytes::from(data)))
+    };
+    let w = &mut writer;
+    let (e, q, kv) =
+        (shape.n_embd, shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim);
+    let embd = if shape.tied { mixture.output } else { mixture.most };
+    matrix(w, "token_embd.weight", embd, e, shape.n_vocab)?;
+    vector(w, "output_norm.weight", e, 1.0)?;
+    if !shape.tied {
+        matrix(w, "output.weight", mixture.output, e, shape.n_vocab)?;
+    }
+    let n = shape.n_layer;
+    for i in 0..n {
+        // As `use_more_bits` of llama.cpp's quantizer.
+        let more = i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
+        let more = if more { mixture.more } else { mixture.most };
+        let at = |name: &str| format!("blk.{i}.{name}");
+        vector(w, &at("attn_norm.weight"), e, 1.0)?;
+        vector(w, &at("ffn_norm.weight"), e, 1.0)?;
+        for (name, format, n_in, n_out) in [
+            ("attn_q", mixture.most, e, q),
+            ("attn_k", mixture.most, e, kv),
+            ("attn_v", more, e, kv),
+            ("attn_output", mixture.most, q, e),
+            ("ffn_gate", mixture.most, e, shape.n_ff),
+            ("ffn_up", mixture.most, e, shape.n_ff),
+            ("ffn_down", more, shape.n_ff, e),
+        ] {
+            matrix(w, &at(&format!("{name}.weight")), format, n_in, n_out)?;
+        }
+        if shape.qkv_bias {
+            for (name, n) in [("attn_q", q), ("attn_k", kv), ("attn_v", kv)] {
+                vector(w, &at(&format!("{name}.bias")), n, 0.01)?;
+            }
+        }
+    }
+    Ok(writer)
+}
+
+fn metadata(shape: &Shape, w: &mut Writer) -> Result<()> {
+    let arch = shape.arch;
+    w.set("general.architecture", Value::String(arch.as_bytes()))?;
+    w.set("general.name", Value::String(shape.name.as_bytes()))?;
+    for (key, n) in [
+        ("context_length", 32_768),
+        ("embedding_length", shape.n_embd as u32),
+        ("block_count", shape.n_layer),
+        ("feed_forward_length", shape.n_ff as u32),
+        ("attention.head_count", shape.n_head as u32),
+        ("attention.head_count_kv", shape.n_head_kv as u32),
+        ("attention.key_length", shape.head_dim as u32),
+        ("attention.value_length", shape.head_dim as u32),
+        ("rope.dimension_count", shape.head_dim as u32),
+    ] {
+        w.set(&format!("{arch}.{key}"), Value::U32(n))?;
+    }
+    w.set(&format!("{arch}.rope.freq_base"), Value::F32(shape.rope_base))?;
+    w.set(&format!("{arch}.attention.layer_norm_rms_epsilon"), Value::F32(1e-5))?;
+    // A vocabulary of the right size that stands for nothing.
+    w.set("tokenizer.ggml.model", Value::String(b"gpt2"))?;
+    w.set("tokenizer.ggml.pre", Value::String(b"gpt-2"))?;
+    let tokens: Vec<String> = (0..shape.n_vocab).map(|i| format!("t{i}")).collect();
+    let tokens = tokens.iter().map(|t| Value::String(t.as_bytes()));
+    w.set_array("tokenizer.ggml.tokens", ValueType::String, tokens)?;
+    w.set_array("tokenizer.ggml.merges", ValueType::String, std::iter::empty::<Value>())
+}
