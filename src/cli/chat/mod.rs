@@ -182,7 +182,7 @@ impl Talk {
         self.model_line();
         if self.args.run.model.is_shipped() {
             note(
-                "This tiny model writes a passage about three words: Write about rain, harbour and lantern.",
+                "This tiny model rambles like an old book. Try: Write about rain, harbour and lantern.",
             );
         }
         note("/help lists commands; Ctrl-C stops a reply; a line that ends with \\ goes on.\n");
