@@ -14,6 +14,9 @@ use crate::bad_usage;
 use crate::error::Result;
 use crate::merge::Geometry;
 
+/// Elements that are stored at once before more than one thread is worth its while.
+const MIN_PARALLEL: usize = 8192;
+
 /// The format of cached elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheType {
@@ -121,7 +124,15 @@ impl KvCache {
         };
         let size = ty.bytes();
         let (width, stride) = (g.score_dim, g.n_head_kv * g.score_dim);
-        crew.chunks(key_cache, n_bytes, |_, head, cache| {
+        let each_head =
+            |map: &mut MmapMut, n_bytes, f: &(dyn Fn(usize, &mut [u8]) + Sync)| match keys.len()
+                + values.len()
+                < MIN_PARALLEL
+            {
+                true => map.chunks_exact_mut(n_bytes).enumerate().for_each(|(i, m)| f(i, m)),
+                false => crew.chunks(map, n_bytes, |_, i, m| f(i, m)),
+            };
+        each_head(key_cache, n_bytes, &|head, cache| {
             for (t, row) in keys.chunks_exact(stride).enumerate() {
                 let (panel, lane) = ((n_past + t) / LANES, (n_past + t) % LANES);
                 let row = &row[head * width..(head + 1) * width];
@@ -134,7 +145,7 @@ impl KvCache {
         let n_ctx = self.n_ctx.next_multiple_of(LANES);
         let n_bytes = per_head(value_cache);
         let (width, stride) = (g.value_dim, g.n_head_kv * g.value_dim);
-        crew.chunks(value_cache, n_bytes, |_, head, cache| {
+        each_head(value_cache, n_bytes, &|head, cache| {
             for (t, row) in values.chunks_exact(stride).enumerate() {
                 let row = &row[head * width..(head + 1) * width];
                 for (panel, x) in row.chunks(LANES).enumerate() {

@@ -21,6 +21,8 @@ const QUERY_ROWS: usize = 16;
 /// Keys, and elements of values, of one task when a single token attends.
 const KEYS_PER_TASK: usize = 128;
 const VALUES_PER_TASK: usize = 16;
+/// Keys up to which one token's attention is not split further than by kv heads.
+const SHORT: usize = 256;
 /// Tasks per thread and product that are aimed at, so that nobody waits long for the last.
 const TASKS_PER_THREAD: usize = 4;
 /// Rows of a matrix in one task at least.
@@ -206,9 +208,10 @@ impl Buffers {
         }
         let attention = &pass.model.attention[i];
         self.heads.resize(rest.len(), w.attn_output.n_in);
-        match rest.len() {
-            1 => self.attend_one(pass, attention, i, cache, pass.n_past + rest.start),
-            _ => self.attend(pass, attention, i, cache, pass.n_past + rest.start),
+        let position = pass.n_past + rest.start;
+        match rest.len() == 1 && attention.visible(position).len() > SHORT {
+            true => self.attend_one(pass, attention, i, cache, position),
+            false => self.attend(pass, attention, i, cache, position),
         }
         self.heads.finish(pass.crew, w.attn_output.integer, |_, _| {});
         self.add_product(pass, &w.attn_output, Source::Heads, layer.post_attention_norm.as_ref());
@@ -426,35 +429,40 @@ impl Buffers {
         });
     }
 
-    /// `act(gate) * up`, or `act(up)`.
+    /// `act(gate) * up`, or `act(up)`. A task computes the same rows of both.
     fn ffn(&mut self, pass: &Pass, w: &LayerMatrices, n: usize) {
         let Buffers { normed, gate, up, threads, .. } = self;
         let activation = pass.model.hparams.activation;
         let n_ff = w.ffn_up.n_out;
         up.resize(n, n_ff);
+        gate.resize(if w.ffn_gate.is_some() { n * n_ff } else { 0 }, 0.0);
         let x = normed.view();
-        match &w.ffn_gate {
-            Some(g) => {
-                gate.resize(n * n_ff, 0.0);
-                let outs = [
-                    (g, Columns::new(gate, n_ff)),
-                    (&w.ffn_up, Columns::new(&mut up.floats, n_ff)),
-                ];
-                products(pass.crew, &outs, &x, threads);
-                let gate = Columns::new(gate, n_ff);
-                up.finish(pass.crew, w.ffn_down.integer, |t, up| {
-                    // SAFETY: every row is prepared once.
-                    let gate = unsafe { gate.part(t, 0, n_ff) };
-                    activate(activation, gate);
-                    simd::multiply(up, gate);
-                });
+        let (gate, up) = (Columns::new(gate, n_ff), up.parts(w.ffn_down.integer));
+        let threads = Columns::new(threads, 1);
+        let n_rows = rows_per_task(pass.crew, n_ff).next_multiple_of(32);
+        pass.crew.each(n_ff.div_ceil(n_rows), |thread, task| {
+            let start = task * n_rows;
+            let len = n_rows.min(n_ff - start);
+            // SAFETY: tasks have rows of their own, threads have buffers of their own.
+            unsafe {
+                let scratch = &mut threads.part(thread, 0, 1)[0].scratch;
+                w.ffn_up.multiply((start, len), &x, scratch, up.floats, start);
+                if let Some(w) = &w.ffn_gate {
+                    w.multiply((start, len), &x, scratch, gate, start);
+                }
+                for t in 0..n {
+                    let up = up.floats.part(t, start, len);
+                    if w.ffn_gate.is_some() {
+                        let gate = gate.part(t, start, len);
+                        activate(activation, gate);
+                        simd::multiply(up, gate);
+                    } else {
+                        activate(activation, up);
+                    }
+                }
+                (0..n).for_each(|t| up.quantize(t, start, len));
             }
-            None => {
-                let outs = [(&w.ffn_up, Columns::new(&mut up.floats, n_ff))];
-                products(pass.crew, &outs, &x, threads);
-                up.finish(pass.crew, w.ffn_down.integer, |_, up| activate(activation, up));
-            }
-        }
+        });
     }
 
     /// Adds a product to the residual stream, normed where the model norms it.
@@ -505,6 +513,11 @@ enum Source {
     Up,
 }
 
+/// Rows of a matrix, or of several with `total` rows, that make one task: whole panels.
+fn rows_per_task(crew: &Crew, total: usize) -> usize {
+    total.div_ceil(crew.n_threads() * TASKS_PER_THREAD).next_multiple_of(LANES).max(MIN_ROWS)
+}
+
 /// Products of one input with several matrices, as one phase.
 fn products(
     crew: &Crew,
@@ -513,8 +526,7 @@ fn products(
     threads: &mut [ThreadBuffers],
 ) {
     let total: usize = outs.iter().map(|(w, _)| w.n_out).sum();
-    let n_rows = total.div_ceil(crew.n_threads() * TASKS_PER_THREAD).next_multiple_of(LANES);
-    let n_rows = n_rows.max(MIN_ROWS);
+    let n_rows = rows_per_task(crew, total);
     let n_tasks: usize = outs.iter().map(|(w, _)| w.n_out.div_ceil(n_rows)).sum();
     let threads = Columns::new(threads, 1);
     crew.each(n_tasks, |thread, mut task| {

@@ -5,14 +5,13 @@
 
 mod cache;
 mod forward;
-mod kernels;
+pub mod kernels;
 mod limits;
 mod ops;
 mod rows;
-mod threads;
+pub mod threads;
 mod weights;
 
 pub use cache::{CacheType, KvCache};
 pub use forward::Engine;
 pub use limits::Limits;
-pub use threads::default_threads;

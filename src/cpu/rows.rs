@@ -1,7 +1,8 @@
 //! Rows of activations with their quantized copies.
+#![allow(unsafe_code)]
 
 use super::kernels::Activations;
-use super::threads::Crew;
+use super::threads::{Columns, Crew};
 use crate::simd;
 
 /// Activations of a batch. Buffers keep their memory from batch to batch.
@@ -35,13 +36,8 @@ impl Rows {
         prepare: impl Fn(usize, &mut [f32]) + Sync,
     ) {
         let width = self.width.max(1);
-        // Integer kernels only ever see whole blocks.
-        let integer = integer && width.is_multiple_of(32);
+        let integer = self.make_room(integer);
         let blocks = if integer { width / 32 } else { 0 };
-        self.quants.resize(self.n * blocks * 32, 0);
-        self.scales.resize(self.n * blocks, 0.0);
-        self.sums16.resize(self.n * blocks * 2, 0.0);
-        self.sums32.resize(self.n * blocks, 0.0);
         struct Row<'a> {
             floats: &'a mut [f32],
             quants: &'a mut [i8],
@@ -78,6 +74,34 @@ impl Rows {
         });
     }
 
+    /// The rows for several threads, each of which fills and quantizes parts of its own.
+    pub(super) fn parts(&mut self, integer: bool) -> Parts<'_> {
+        let width = self.width;
+        let integer = self.make_room(integer);
+        let blocks = if integer { width / 32 } else { 0 };
+        let Rows { floats, quants, scales, sums16, sums32, .. } = self;
+        Parts {
+            integer,
+            floats: Columns::new(floats, width),
+            quants: Columns::new(quants, blocks * 32),
+            scales: Columns::new(scales, blocks),
+            sums16: Columns::new(sums16, blocks * 2),
+            sums32: Columns::new(sums32, blocks),
+        }
+    }
+
+    /// Makes room for the quantized copies; false if there will be none.
+    fn make_room(&mut self, integer: bool) -> bool {
+        // Integer kernels only ever see whole blocks.
+        let integer = integer && self.width.is_multiple_of(32);
+        let blocks = if integer { self.width / 32 } else { 0 };
+        self.quants.resize(self.n * blocks * 32, 0);
+        self.scales.resize(self.n * blocks, 0.0);
+        self.sums16.resize(self.n * blocks * 2, 0.0);
+        self.sums32.resize(self.n * blocks, 0.0);
+        integer
+    }
+
     /// What kernels read.
     pub(super) fn view(&self) -> Activations<'_> {
         Activations {
@@ -88,6 +112,37 @@ impl Rows {
             scales: &self.scales,
             sums16: &self.sums16,
             sums32: &self.sums32,
+        }
+    }
+}
+
+/// [`Rows`] in the hands of several threads.
+pub(super) struct Parts<'a> {
+    integer: bool,
+    pub(super) floats: Columns<'a, f32>,
+    quants: Columns<'a, i8>,
+    scales: Columns<'a, f32>,
+    sums16: Columns<'a, f32>,
+    sums32: Columns<'a, f32>,
+}
+
+impl Parts<'_> {
+    /// Fills the quantized copies of `len` elements of row `t` from `start` on, both multiples of 32.
+    ///
+    /// # Safety
+    /// Nobody else uses this part meanwhile.
+    pub(super) unsafe fn quantize(&self, t: usize, start: usize, len: usize) {
+        if self.integer {
+            // SAFETY: the caller's promise.
+            unsafe {
+                simd::quantize(
+                    self.floats.part(t, start, len),
+                    self.quants.part(t, start, len),
+                    self.scales.part(t, start / 32, len / 32),
+                    self.sums16.part(t, start / 16, len / 16),
+                    self.sums32.part(t, start / 32, len / 32),
+                );
+            }
         }
     }
 }

@@ -173,6 +173,9 @@ impl Crew {
 
     /// Calls `f(thread, task)` for every task below `n_tasks`; whoever is free takes the next one.
     pub fn each(&self, n_tasks: usize, f: impl Fn(usize, usize) + Sync) {
+        if n_tasks == 1 {
+            return f(0, 0);
+        }
         self.next.0.store(0, Ordering::Relaxed);
         self.run(|thread| {
             loop {

@@ -4,7 +4,7 @@
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{Bytes, Data, Gguf, Value, ValueType, Writer};
-use crate::quant::{self, Format, Scales};
+use crate::quant;
 
 /// The shape of a published model.
 pub struct Shape {
@@ -137,54 +137,6 @@ fn fitting(name: &'static str, n_in: u64) -> &'static str {
     }
 }
 
-/// Random bytes (xorshift64*), 8 at a time.
-fn random_bytes(n: usize, state: &mut u64) -> Vec<u8> {
-    let mut bytes = vec![0u8; n.next_multiple_of(8)];
-    for chunk in bytes.as_chunks_mut::<8>().0 {
-        *state ^= *state >> 12;
-        *state ^= *state << 25;
-        *state ^= *state >> 27;
-        *chunk = state.wrapping_mul(0x2545_F491_4F6C_DD1D).to_le_bytes();
-    }
-    bytes.truncate(n);
-    bytes
-}
-
-/// A row of random blocks whose elements are of the size of `1 / sqrt(n_in)`.
-fn random_blocks(format: &Format, n_in: u64, state: &mut u64) -> Vec<u8> {
-    let size = 1.0 / (n_in as f32).sqrt();
-    let mut bytes = random_bytes(format.row_bytes(n_in as usize), state);
-    let n = format.ty.block_bytes;
-    match format.scales {
-        Scales::None => {
-            for element in bytes.chunks_exact_mut(n) {
-                let unit = f32::from(element[0]) / 127.5 - 1.0;
-                match format.ty.name {
-                    "F16" => {
-                        element.copy_from_slice(&half::f16::from_f32(unit * size).to_le_bytes())
-                    }
-                    "BF16" => {
-                        element.copy_from_slice(&half::bf16::from_f32(unit * size).to_le_bytes())
-                    }
-                    _ => element.copy_from_slice(&(unit * size).to_le_bytes()),
-                }
-            }
-        }
-        Scales::Halves(places) => {
-            // Quants reach 2^3 to 2^7, sub-scales 2^6: near enough.
-            let half = half::f16::from_f32(size / 256.0).to_le_bytes();
-            for block in bytes.chunks_exact_mut(n) {
-                places.iter().for_each(|at| block[*at..at + 2].copy_from_slice(&half));
-            }
-        }
-        Scales::Exponent => {
-            let exponent = (127.0 + size.log2() - 2.0) as u8;
-            bytes.chunks_exact_mut(n).for_each(|block| block[0] = exponent);
-        }
-    }
-    bytes
-}
-
 /// A model of this shape whose matrices have the formats of a mixture such as `Q4_K_M`.
 pub fn synthetic(shape: &Shape, mixture: &str) -> Result<Gguf> {
     Gguf::parse(Bytes::from(file(shape, mixture)?.to_bytes()?))
@@ -208,7 +160,7 @@ pub fn file(shape: &Shape, mixture: &str) -> Result<Writer<'static>> {
             let mut state = seed;
             // Made row by row while the file is, so that there is one copy only.
             let rows = Data::stream(move |sink| {
-                (0..n_out).try_for_each(|_| sink(&random_blocks(format, n_in, &mut state)))
+                (0..n_out).try_for_each(|_| sink(&format.random_row(n_in as usize, &mut state)))
             });
             writer.tensor(name, format.ty, &[n_in, n_out], rows)
         };

@@ -7,6 +7,7 @@ mod iq4;
 mod k;
 mod legacy;
 mod mxfp4;
+mod random;
 
 use crate::simd;
 

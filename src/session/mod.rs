@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::bad_usage;
-use crate::cpu::{CacheType, Engine, KvCache, default_threads};
+use crate::cpu::threads::default_threads;
+use crate::cpu::{CacheType, Engine, KvCache};
 use crate::error::Result;
 use crate::model::Model;
 

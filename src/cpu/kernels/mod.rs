@@ -14,6 +14,7 @@ mod scalar;
 pub use layout::{LAYOUTS, layout_of};
 
 use super::threads::Columns;
+use crate::quant::Format;
 use crate::simd::{self, Level};
 
 /// Rows that a panel interleaves.
@@ -51,6 +52,34 @@ pub struct Activations<'a> {
     pub sums16: &'a [f32],
     /// `[n, stride / 32]`
     pub sums32: &'a [f32],
+}
+
+/// A matrix in panels of its own.
+pub struct Packed {
+    layout: usize,
+    bytes: Vec<u8>,
+    n_in: usize,
+    n_rows: usize,
+}
+
+impl Packed {
+    /// Packs rows of `n_in` elements as they lie in a file; `None` if the format has no layout.
+    pub fn new(format: &Format, n_in: usize, rows: &[Vec<u8>]) -> Option<Packed> {
+        let layout = layout_of(format)?;
+        let stride = LAYOUTS[layout].panel_bytes(n_in, LANES);
+        let mut bytes = vec![0; stride * rows.len().div_ceil(LANES)];
+        for (panel, rows) in bytes.chunks_exact_mut(stride).zip(rows.chunks(LANES)) {
+            LAYOUTS[layout].pack_panel(format, rows.iter().map(|r| &r[..]), LANES, panel);
+        }
+        Some(Packed { layout, bytes, n_in, n_rows: rows.len() })
+    }
+
+    /// The panels.
+    pub fn panels(&self) -> Panels<'_> {
+        let Packed { layout, bytes, n_in, n_rows } = self;
+        let stride = LAYOUTS[*layout].panel_bytes(*n_in, LANES);
+        Panels { layout: *layout, bytes, stride, n_in: *n_in, n_rows: *n_rows }
+    }
 }
 
 /// Memory that a thread keeps for unpacked panels.
@@ -142,44 +171,7 @@ pub fn products_in_registers(rounds: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::{FORMATS, Format};
-
-    fn random(state: &mut u64) -> u64 {
-        *state =
-            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        *state >> 33
-    }
-
-    /// Rows of random bits, with scales near 1 % where a format has half-precision ones.
-    fn rows(format: &Format, n_in: usize, n_rows: usize, seed: &mut u64) -> Vec<Vec<u8>> {
-        let halves: &[usize] = match format.ty.name {
-            "Q4_0" | "Q5_0" | "Q8_0" | "IQ4_NL" | "IQ4_XS" => &[0],
-            "Q4_1" | "Q5_1" | "Q4_K" | "Q5_K" => &[0, 2],
-            "Q6_K" => &[208],
-            _ => &[],
-        };
-        let block = |seed: &mut u64| -> Vec<u8> {
-            let float = (random(seed) as f32 / (1u64 << 30) as f32 - 1.0) * 0.02;
-            match format.ty.name {
-                "F32" => return float.to_le_bytes().to_vec(),
-                "F16" => return half::f16::from_f32(float).to_le_bytes().to_vec(),
-                "BF16" => return half::bf16::from_f32(float).to_le_bytes().to_vec(),
-                _ => {}
-            }
-            let mut bytes: Vec<u8> =
-                (0..format.ty.block_bytes).map(|_| random(seed) as u8).collect();
-            for at in halves {
-                bytes[*at..at + 2].copy_from_slice(&half::f16::from_f32(float).to_le_bytes());
-            }
-            if format.ty.name == "MXFP4" {
-                bytes[0] = 120 + bytes[0] % 4;
-            }
-            bytes
-        };
-        (0..n_rows)
-            .map(|_| (0..n_in / format.ty.block_len).flat_map(|_| block(seed)).collect())
-            .collect()
-    }
+    use crate::quant::format_named;
 
     struct Input {
         n: usize,
@@ -191,8 +183,9 @@ mod tests {
     }
 
     fn input(n: usize, k: usize, seed: &mut u64) -> Input {
-        let floats: Vec<f32> =
-            (0..n * k).map(|_| random(seed) as f32 / (1u64 << 30) as f32 - 1.0).collect();
+        let mut floats = vec![0.0; n * k];
+        let format = format_named("F32").unwrap();
+        format.dequantize(&format.random_row(n * k, seed), &mut floats);
         let mut x = Input {
             n,
             floats,
@@ -230,23 +223,18 @@ mod tests {
     /// Every layout on every level against the sum of products of what the format stores.
     #[test]
     fn products_are_sums_of_products() {
-        let mut seed = 1;
-        for (i, layout) in LAYOUTS.iter().enumerate() {
-            let format = FORMATS.iter().find(|f| f.ty.name == layout.name).unwrap();
+        let mut seed = 1u64;
+        for layout in LAYOUTS {
+            let format = format_named(layout.name).unwrap();
             let widths: &[usize] = match layout.block_len {
                 1 => &[1, 2, 7, 64, 172],
                 32 => &[32, 64, 160],
                 _ => &[256, 768],
             };
             for (k, n_rows) in widths.iter().flat_map(|k| [1, 7, 8, 9, 40].map(|n| (*k, n))) {
-                let rows = rows(format, k, n_rows, &mut seed);
-                let stride = layout.panel_bytes(k, LANES);
-                let mut bytes = vec![0u8; stride * n_rows.div_ceil(LANES)];
-                for (p, panel) in bytes.chunks_exact_mut(stride).enumerate() {
-                    let rows = rows.iter().skip(p * LANES).take(LANES).map(|r| &r[..]);
-                    layout.pack_panel(format, rows, LANES, panel);
-                }
-                let panels = Panels { layout: i, bytes: &bytes, stride, n_in: k, n_rows };
+                let rows: Vec<_> = (0..n_rows).map(|_| format.random_row(k, &mut seed)).collect();
+                let packed = Packed::new(format, k, &rows).unwrap();
+                let panels = packed.panels();
                 let x = input(9, k, &mut seed);
                 for level in Level::ALL.into_iter().filter(|l| l.is_available()) {
                     let got = run(level, &panels, &x);
@@ -279,18 +267,13 @@ mod tests {
     /// A token's results do not depend on what is computed beside them.
     #[test]
     fn batches_do_not_change_bits() {
-        let mut seed = 2;
-        for (i, layout) in LAYOUTS.iter().enumerate() {
-            let format = FORMATS.iter().find(|f| f.ty.name == layout.name).unwrap();
+        let mut seed = 2u64;
+        for layout in LAYOUTS {
+            let format = format_named(layout.name).unwrap();
             let (k, n_rows) = (512, 37);
-            let rows = rows(format, k, n_rows, &mut seed);
-            let stride = layout.panel_bytes(k, LANES);
-            let mut bytes = vec![0u8; stride * n_rows.div_ceil(LANES)];
-            for (p, panel) in bytes.chunks_exact_mut(stride).enumerate() {
-                let rows = rows.iter().skip(p * LANES).take(LANES).map(|r| &r[..]);
-                layout.pack_panel(format, rows, LANES, panel);
-            }
-            let panels = Panels { layout: i, bytes: &bytes, stride, n_in: k, n_rows };
+            let rows: Vec<_> = (0..n_rows).map(|_| format.random_row(k, &mut seed)).collect();
+            let packed = Packed::new(format, k, &rows).unwrap();
+            let panels = packed.panels();
             for level in Level::ALL.into_iter().filter(|l| l.is_available()) {
                 for n in 2..12 {
                     let x = input(n, k, &mut seed);
