@@ -79,7 +79,8 @@ fn functions(c: &mut Criterion) {
     let mut group = c.benchmark_group("function, 4096 elements");
     let x = floats(4096);
     group.throughput(Throughput::Elements(x.len() as u64));
-    let functions: [(&str, fn(&mut [f32])); 4] = [
+    type Function = (&'static str, fn(&mut [f32]));
+    let functions: [Function; 4] = [
         ("exp", |x| {
             black_box(simd::exp_minus(x, 1.0));
         }),

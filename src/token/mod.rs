@@ -4,7 +4,7 @@
 //! must come out here. The yardstick is llama.cpp, for which files are made; what is not known for
 //! certain is refused.
 //!
-//! An algorithm is one file and one line in [`ALGORITHMS`].
+//! An algorithm is one file and one line in `ALGORITHMS`.
 
 mod bpe;
 mod merge;
