@@ -17,7 +17,8 @@ use rayon::ThreadPool;
 
 use crate::error::{Error, Result};
 
-/// Looks at a flag before a waiting thread sleeps: some 100 us, far more than most waits.
+/// Looks at a flag before a thread on a core of its own sleeps: some 100 us, far more than most
+/// waits.
 const SPINS: u32 = 10_000;
 
 /// A value on cache lines of its own, two because lines are fetched in pairs.
@@ -28,6 +29,8 @@ struct Apart<T>(T);
 /// Threads that wait for [`Team::enter`].
 pub struct Team {
     pool: ThreadPool,
+    /// Looks at a flag before a waiting thread sleeps.
+    spins: u32,
 }
 
 /// Cores to pin to: one of every physical core first, then their siblings; within the process's
@@ -52,19 +55,21 @@ pub fn default_threads() -> usize {
 impl Team {
     /// Starts `n` threads; with `pin`, each stays on a core of its own if there are as many.
     pub fn new(n: usize, pin: bool) -> Result<Team> {
-        let cores = if pin { cores() } else { Vec::new() };
+        let cores = cores();
+        // Threads that share a core must not keep each other from it.
+        let spins = if n <= cores.len().max(1) { SPINS } else { 0 };
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(n)
             .thread_name(|i| format!("qkov-{i}"))
             .start_handler(move |i| {
                 // More threads than cores are left to the system.
-                if let Some(core) = cores.get(i).filter(|_| n <= cores.len()) {
+                if let Some(core) = cores.get(i).filter(|_| pin && n <= cores.len()) {
                     core_affinity::set_for_current(*core);
                 }
             })
             .build()
             .map_err(|e| Error::Runtime(format!("cannot start {n} threads: {e}")))?;
-        Ok(Team { pool })
+        Ok(Team { pool, spins })
     }
 
     /// Number of threads.
@@ -74,7 +79,7 @@ impl Team {
 
     /// Runs `lead` on the first of `n` threads (at most all); the others do what it hands them.
     pub fn enter<R: Send>(&self, n: usize, lead: impl FnOnce(&Crew) -> R + Send) -> Option<R> {
-        let crew = Crew::new(n.clamp(1, self.n_threads()));
+        let crew = Crew::new(n.clamp(1, self.n_threads()), self.spins);
         let lead = Mutex::new(Some(lead));
         let results = self.pool.broadcast(|ctx| match ctx.index() {
             0 => {
@@ -99,6 +104,7 @@ type Job<'a> = &'a (dyn Fn(usize) + Sync);
 /// The threads inside [`Team::enter`].
 pub struct Crew {
     n_threads: usize,
+    spins: u32,
     /// Counts phases; the job of the present one lies in `job`.
     phase: Apart<AtomicUsize>,
     /// Threads that have finished the present phase.
@@ -133,9 +139,10 @@ impl Drop for Dismiss<'_> {
 }
 
 impl Crew {
-    fn new(n_threads: usize) -> Crew {
+    fn new(n_threads: usize, spins: u32) -> Crew {
         Crew {
             n_threads,
+            spins,
             phase: Apart::default(),
             done: Apart::default(),
             next: Apart::default(),
@@ -210,7 +217,7 @@ impl Crew {
     fn serve(&self, i: usize) {
         let mut seen = 0;
         loop {
-            self.sleepers[i].wait(|| self.phase.0.load(Ordering::SeqCst) != seen);
+            self.sleepers[i].wait(self.spins, || self.phase.0.load(Ordering::SeqCst) != seen);
             if self.over.load(Ordering::Acquire) {
                 return;
             }
@@ -242,14 +249,15 @@ struct Finish<'a>(&'a Crew);
 impl Drop for Finish<'_> {
     fn drop(&mut self) {
         let crew = self.0;
-        crew.sleepers[0].wait(|| crew.done.0.load(Ordering::SeqCst) == crew.n_threads - 1);
+        crew.sleepers[0]
+            .wait(crew.spins, || crew.done.0.load(Ordering::SeqCst) == crew.n_threads - 1);
     }
 }
 
 impl Sleeper {
     /// Spins, then sleeps until `ready`. Whoever makes it so calls `wake` afterwards.
-    fn wait(&self, ready: impl Fn() -> bool) {
-        for _ in 0..SPINS {
+    fn wait(&self, spins: u32, ready: impl Fn() -> bool) {
+        for _ in 0..spins {
             if ready() {
                 return;
             }

@@ -134,6 +134,12 @@ fn main() -> Result<()> {
     };
     let n_ctx = args.n_depth + args.n_prompt.max(args.n_gen) + 8;
 
+    // First, because OpenMP binds the thread that calls it to one core, which new threads inherit.
+    let model = Arc::new(Model::open(&path)?);
+    let n_vocab = model.hparams.n_vocab as u64;
+    let options = Options { n_ctx: Some(n_ctx), n_threads: args.threads, ..Options::default() };
+    let mut ours = Ours(Session::new(model, &options)?);
+
     let mut backend = LlamaBackend::init()?;
     backend.void_logs();
     let theirs = LlamaModel::load_from_file(&backend, &path, &LlamaModelParams::default())?;
@@ -144,11 +150,6 @@ fn main() -> Result<()> {
         .with_n_threads(args.threads as i32)
         .with_n_threads_batch(args.threads as i32);
     let mut peer = Peer { context: theirs.new_context(&backend, params)?, n_past: 0 };
-
-    let model = Arc::new(Model::open(&path)?);
-    let n_vocab = model.hparams.n_vocab as u64;
-    let options = Options { n_ctx: Some(n_ctx), n_threads: args.threads, ..Options::default() };
-    let mut ours = Ours(Session::new(model, &options)?);
 
     let mut state = 1u64;
     let mut token = || {
