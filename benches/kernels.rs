@@ -5,7 +5,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use qkov::cpu::kernels::{Activations, LAYOUTS, Packed, Scratch, multiply};
+use qkov::cpu::kernels::{Activations, LAYOUTS, Packed, Scratch, multiply, tile_of};
 use qkov::cpu::threads::Columns;
 use qkov::normalizer::{NORMALIZERS, Row};
 use qkov::quant::format_named;
@@ -33,11 +33,18 @@ fn products(c: &mut Criterion) {
             let x = floats(n * N_IN);
             let (mut quants, mut scales) = (vec![0; n * N_IN], vec![0.0; n * N_IN / 32]);
             let (mut sums16, mut sums32) = (vec![0.0; n * N_IN / 16], vec![0.0; n * N_IN / 32]);
-            simd::quantize(&x, &mut quants, &mut scales, &mut sums16, &mut sums32);
+            for (t, row) in x.chunks(N_IN).enumerate() {
+                let (tile, lane) = (tile_of(n), t % tile_of(n));
+                let at = t / tile * tile * N_IN;
+                let (q, s) = (&mut quants[at..], &mut scales[at / 32..]);
+                let (s16, s32) = (&mut sums16[at / 16..], &mut sums32[at / 32..]);
+                simd::quantize(row, lane, tile, q, s, s16, s32);
+            }
             let x = Activations {
                 n,
                 stride: N_IN,
                 floats: &x,
+                tile: tile_of(n),
                 quants: &quants,
                 scales: &scales,
                 sums16: &sums16,

@@ -460,7 +460,7 @@ impl Buffers {
                         activate(activation, up);
                     }
                 }
-                (0..n).for_each(|t| up.quantize(t, start, len));
+                up.quantize(0..n, start, len);
             }
         });
     }

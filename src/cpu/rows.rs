@@ -1,7 +1,9 @@
 //! Rows of activations with their quantized copies.
 #![allow(unsafe_code)]
 
-use super::kernels::Activations;
+use std::ops::Range;
+
+use super::kernels::{Activations, tile_of};
 use super::threads::{Columns, Crew};
 use crate::simd;
 
@@ -18,7 +20,7 @@ pub(super) struct Rows {
     sums32: Vec<f32>,
 }
 
-/// Rows that one task quantizes.
+/// Rows that one task quantizes: whole tiles.
 const ROWS_PER_TASK: usize = 8;
 
 impl Rows {
@@ -35,53 +37,33 @@ impl Rows {
         integer: bool,
         prepare: impl Fn(usize, &mut [f32]) + Sync,
     ) {
-        let width = self.width.max(1);
-        let integer = self.make_room(integer);
-        let blocks = if integer { width / 32 } else { 0 };
-        struct Row<'a> {
-            floats: &'a mut [f32],
-            quants: &'a mut [i8],
-            scales: &'a mut [f32],
-            sums16: &'a mut [f32],
-            sums32: &'a mut [f32],
-        }
-        let one = |i: usize, row: Row| {
-            prepare(i, row.floats);
-            if integer {
-                simd::quantize(row.floats, row.quants, row.scales, row.sums16, row.sums32);
-            }
-        };
-        if self.n == 1 {
-            let Rows { floats, quants, scales, sums16, sums32, .. } = self;
-            return one(0, Row { floats, quants, scales, sums16, sums32 });
-        }
-        let mut rows: Vec<Row> = Vec::with_capacity(self.n);
-        let (mut q, mut s) = (&mut self.quants[..], &mut self.scales[..]);
-        let (mut s16, mut s32) = (&mut self.sums16[..], &mut self.sums32[..]);
-        for floats in self.floats.chunks_exact_mut(width) {
-            let (quants, scales, sums16, sums32);
-            (quants, q) = q.split_at_mut(blocks * 32);
-            (scales, s) = s.split_at_mut(blocks);
-            (sums16, s16) = s16.split_at_mut(blocks * 2);
-            (sums32, s32) = s32.split_at_mut(blocks);
-            rows.push(Row { floats, quants, scales, sums16, sums32 });
-        }
-        crew.chunks(&mut rows, ROWS_PER_TASK, |_, task, rows| {
-            for (i, row) in rows.iter_mut().enumerate() {
-                let Row { floats, quants, scales, sums16, sums32 } = row;
-                one(task * ROWS_PER_TASK + i, Row { floats, quants, scales, sums16, sums32 });
+        let (n, width) = (self.n, self.width);
+        let parts = self.parts(integer);
+        crew.each(n.div_ceil(ROWS_PER_TASK), |_, task| {
+            let rows = task * ROWS_PER_TASK..n.min((task + 1) * ROWS_PER_TASK);
+            // SAFETY: tasks have rows of their own, and whole tiles.
+            unsafe {
+                rows.clone().for_each(|t| prepare(t, parts.floats.part(t, 0, width)));
+                parts.quantize(rows, 0, width);
             }
         });
     }
 
     /// The rows for several threads, each of which fills and quantizes parts of its own.
     pub(super) fn parts(&mut self, integer: bool) -> Parts<'_> {
-        let width = self.width;
-        let integer = self.make_room(integer);
-        let blocks = if integer { width / 32 } else { 0 };
+        let (n, width, tile) = (self.n, self.width, tile_of(self.n));
+        // Integer kernels only ever see whole blocks.
+        let integer = integer && width.is_multiple_of(32);
+        let all = if integer { n.next_multiple_of(tile) * width } else { 0 };
+        self.quants.resize(all, 0);
+        self.scales.resize(all / 32, 0.0);
+        self.sums16.resize(all / 16, 0.0);
+        self.sums32.resize(all / 32, 0.0);
         let Rows { floats, quants, scales, sums16, sums32, .. } = self;
+        let blocks = width / 32 * tile;
         Parts {
             integer,
+            tile,
             floats: Columns::new(floats, width),
             quants: Columns::new(quants, blocks * 32),
             scales: Columns::new(scales, blocks),
@@ -90,24 +72,13 @@ impl Rows {
         }
     }
 
-    /// Makes room for the quantized copies; false if there will be none.
-    fn make_room(&mut self, integer: bool) -> bool {
-        // Integer kernels only ever see whole blocks.
-        let integer = integer && self.width.is_multiple_of(32);
-        let blocks = if integer { self.width / 32 } else { 0 };
-        self.quants.resize(self.n * blocks * 32, 0);
-        self.scales.resize(self.n * blocks, 0.0);
-        self.sums16.resize(self.n * blocks * 2, 0.0);
-        self.sums32.resize(self.n * blocks, 0.0);
-        integer
-    }
-
     /// What kernels read.
     pub(super) fn view(&self) -> Activations<'_> {
         Activations {
             n: self.n,
             stride: self.width,
             floats: &self.floats,
+            tile: tile_of(self.n),
             quants: &self.quants,
             scales: &self.scales,
             sums16: &self.sums16,
@@ -119,6 +90,7 @@ impl Rows {
 /// [`Rows`] in the hands of several threads.
 pub(super) struct Parts<'a> {
     integer: bool,
+    tile: usize,
     pub(super) floats: Columns<'a, f32>,
     quants: Columns<'a, i8>,
     scales: Columns<'a, f32>,
@@ -127,20 +99,28 @@ pub(super) struct Parts<'a> {
 }
 
 impl Parts<'_> {
-    /// Fills the quantized copies of `len` elements of row `t` from `start` on, both multiples of 32.
+    /// Fills the quantized copies of `len` elements from `start` on, both multiples of 32, of whole
+    /// tiles of rows.
     ///
     /// # Safety
     /// Nobody else uses this part meanwhile.
-    pub(super) unsafe fn quantize(&self, t: usize, start: usize, len: usize) {
-        if self.integer {
-            // SAFETY: the caller's promise.
+    pub(super) unsafe fn quantize(&self, rows: Range<usize>, start: usize, len: usize) {
+        if !self.integer {
+            return;
+        }
+        let n = self.tile;
+        for t in rows {
+            let tile = t / n;
+            // SAFETY: the caller's promise; the parts of one tile are used one after the other.
             unsafe {
                 simd::quantize(
                     self.floats.part(t, start, len),
-                    self.quants.part(t, start, len),
-                    self.scales.part(t, start / 32, len / 32),
-                    self.sums16.part(t, start / 16, len / 16),
-                    self.sums32.part(t, start / 32, len / 32),
+                    t % n,
+                    n,
+                    self.quants.part(tile, start * n, len * n),
+                    self.scales.part(tile, start / 32 * n, len / 32 * n),
+                    self.sums16.part(tile, start / 16 * n, len / 16 * n),
+                    self.sums32.part(tile, start / 32 * n, len / 32 * n),
                 );
             }
         }

@@ -305,22 +305,22 @@ per_level! {
 }
 
 per_level! {
-    /// Quantizes one row to 8 bits in blocks of 32: `x = scale * q`, `|q| <= 127`. `sums16` and
-    /// `sums32` get the sums of `scale * q` over 16 and 32 elements. The row is whole blocks.
+    /// Quantizes one row to 8 bits in blocks of 32: `x = scale * q`, `|q| <= 127`; `sums16` and
+    /// `sums32` get the sums of `scale * q` over 16 and 32 elements. The row is whole blocks, and
+    /// its blocks, scales and sums take every `tile`-th place from `lane` on.
     pub fn quantize(
         x: &[f32],
+        lane: usize,
+        tile: usize,
         q: &mut [i8],
         scales: &mut [f32],
         sums16: &mut [f32],
         sums32: &mut [f32]
     ) {
         const ROUND: f32 = 12_582_912.0;
-        let x = x.as_chunks::<32>().0;
         let q = q.as_chunks_mut::<32>().0;
-        let sums16 = sums16.as_chunks_mut::<2>().0;
-        for ((((x, q), scale), s16), s32) in
-            x.iter().zip(q).zip(scales).zip(sums16).zip(sums32)
-        {
+        for (g, x) in x.as_chunks::<32>().0.iter().enumerate() {
+            let at = g * tile + lane;
             let mut lanes = [0.0f32; 8];
             for x in x.as_chunks::<8>().0 {
                 for (lane, x) in lanes.iter_mut().zip(x) {
@@ -329,21 +329,21 @@ per_level! {
                 }
             }
             let max = lanes.into_iter().fold(0.0, f32::max);
-            *scale = max / 127.0;
+            let scale = max / 127.0;
             let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
             let mut whole = [0i32; 32];
             for (whole, x) in whole.iter_mut().zip(x) {
                 // The sum's low bits are the rounded number.
                 *whole = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
             }
-            for (q, whole) in q.iter_mut().zip(&whole) {
+            for (q, whole) in q[at].iter_mut().zip(&whole) {
                 *q = *whole as i8;
             }
-            let halves = whole.as_chunks::<16>().0;
-            for (s, half) in s16.iter_mut().zip(halves) {
-                *s = *scale * half.iter().sum::<i32>() as f32;
-            }
-            *s32 = *scale * whole.iter().sum::<i32>() as f32;
+            let halves = [0, 16].map(|h| whole[h..h + 16].iter().sum::<i32>());
+            scales[at] = scale;
+            sums16[2 * g * tile + lane] = scale * halves[0] as f32;
+            sums16[(2 * g + 1) * tile + lane] = scale * halves[1] as f32;
+            sums32[at] = scale * (halves[0] + halves[1]) as f32;
         }
     }
 }
@@ -382,7 +382,7 @@ mod tests {
             (0..96).map(|i| ((i * 37 % 101) as f32 - 50.0) * (i / 32) as f32).collect();
         let (mut q, mut scales) = (vec![0i8; 96], vec![0.0; 3]);
         let (mut s16, mut s32) = (vec![0.0; 6], vec![0.0; 3]);
-        quantize(&x, &mut q, &mut scales, &mut s16, &mut s32);
+        quantize(&x, 0, 1, &mut q, &mut scales, &mut s16, &mut s32);
         for (i, x) in x.iter().enumerate() {
             assert!((x - scales[i / 32] * f32::from(q[i])).abs() <= 0.5001 * scales[i / 32]);
         }

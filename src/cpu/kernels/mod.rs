@@ -35,23 +35,36 @@ pub struct Panels<'a> {
     pub n_rows: usize,
 }
 
+/// Tokens that share a pass over a panel: their quants lie side by side, block by block.
+pub const TILE: usize = 4;
+
 /// Rows of activations, as `f32` and, for integer layouts, quantized.
+///
+/// Quantized rows come in tiles of `tile` rows, the last one filled up: for each 32 elements, the
+/// quants of all rows of the tile, one row after the other; scales and sums likewise.
 #[derive(Clone, Copy, Default)]
 pub struct Activations<'a> {
     /// Number of rows.
     pub n: usize,
-    /// Elements from one row to the next.
+    /// Elements from one row of floats to the next.
     pub stride: usize,
     /// `[n, stride]`
     pub floats: &'a [f32],
-    /// `[n, stride]`
+    /// Rows of a tile: [`tile_of`] `n`.
+    pub tile: usize,
+    /// `[n / tile, n_in / 32, tile, 32]`
     pub quants: &'a [i8],
-    /// `[n, stride / 32]`
+    /// `[n / tile, n_in / 32, tile]`
     pub scales: &'a [f32],
-    /// Sums of `scale * quant`. `[n, stride / 16]`
+    /// Sums of `scale * quant`. `[n / tile, n_in / 16, tile]`
     pub sums16: &'a [f32],
-    /// `[n, stride / 32]`
+    /// `[n / tile, n_in / 32, tile]`
     pub sums32: &'a [f32],
+}
+
+/// Rows of a tile among `n` rows of activations.
+pub fn tile_of(n: usize) -> usize {
+    if n == 1 { 1 } else { TILE }
 }
 
 /// A matrix in panels of its own.
@@ -133,16 +146,16 @@ pub unsafe fn multiply(
     // What the functions below rely on.
     let n_panels = panels.n_rows.div_ceil(LANES);
     let panel = layout.panel_bytes(k, LANES);
-    assert!(k.is_multiple_of(layout.block_len) && x.stride >= k);
+    assert!(k.is_multiple_of(layout.block_len));
     assert!(panels.bytes.len() >= (n_panels - 1) * panels.stride + panel && panels.stride >= panel);
     let last = (n - 1) * x.stride;
     match layout.integer {
         true => {
-            assert!(x.stride.is_multiple_of(32) && x.quants.len() >= last + k);
-            assert!(x.scales.len() * 32 >= last + k && x.sums32.len() * 32 >= last + k);
-            assert!(x.sums16.len() * 16 >= last + k);
+            let all = n.next_multiple_of(tile_of(n)) * k;
+            assert!(x.tile == tile_of(n) && x.quants.len() >= all && x.scales.len() * 32 >= all);
+            assert!(x.sums16.len() * 16 >= all && x.sums32.len() * 32 >= all);
         }
-        false => assert!(x.floats.len() >= last + k),
+        false => assert!(x.stride >= k && x.floats.len() >= last + k),
     }
     assert!(out.n() >= n);
     // SAFETY: the level is available, the lengths are as checked; the caller promises the rest.
@@ -182,23 +195,44 @@ mod tests {
         sums32: Vec<f32>,
     }
 
-    fn input(n: usize, k: usize, seed: &mut u64) -> Input {
-        let mut floats = vec![0.0; n * k];
-        let format = format_named("F32").unwrap();
-        format.dequantize(&format.random_row(n * k, seed), &mut floats);
+    fn input(floats: Vec<f32>, k: usize) -> Input {
+        let n = floats.len() / k;
+        let tile = tile_of(n);
+        let all = n.next_multiple_of(tile) * k;
         let mut x = Input {
             n,
             floats,
-            quants: vec![0; n * k],
-            scales: vec![0.0; n * k / 32],
-            sums16: vec![0.0; n * k / 16],
-            sums32: vec![0.0; n * k / 32],
+            quants: vec![0; all],
+            scales: vec![0.0; all / 32],
+            sums16: vec![0.0; all / 16],
+            sums32: vec![0.0; all / 32],
         };
         if k.is_multiple_of(32) {
             let Input { floats, quants, scales, sums16, sums32, .. } = &mut x;
-            simd::quantize(floats, quants, scales, sums16, sums32);
+            for (t, row) in floats.chunks(k).enumerate() {
+                let at = t / tile * tile * k;
+                let (q, s) = (&mut quants[at..], &mut scales[at / 32..]);
+                let (s16, s32) = (&mut sums16[at / 16..], &mut sums32[at / 32..]);
+                simd::quantize(row, t % tile, tile, q, s, s16, s32);
+            }
         }
         x
+    }
+
+    fn random(n: usize, seed: &mut u64) -> Vec<f32> {
+        let mut floats = vec![0.0; n];
+        let format = format_named("F32").unwrap();
+        format.dequantize(&format.random_row(n, seed), &mut floats);
+        floats
+    }
+
+    impl Input {
+        /// Element `i` of row `t` as integer kernels see it.
+        fn rounded(&self, t: usize, i: usize, k: usize) -> f64 {
+            let tile = tile_of(self.n);
+            let at = (t / tile * (k / 32) + i / 32) * tile + t % tile;
+            f64::from(self.quants[at * 32 + i % 32]) * f64::from(self.scales[at])
+        }
     }
 
     fn run(level: Level, panels: &Panels, x: &Input) -> Vec<f32> {
@@ -206,6 +240,7 @@ mod tests {
             n: x.n,
             stride: panels.n_in,
             floats: &x.floats,
+            tile: tile_of(x.n),
             quants: &x.quants,
             scales: &x.scales,
             sums16: &x.sums16,
@@ -235,17 +270,14 @@ mod tests {
                 let rows: Vec<_> = (0..n_rows).map(|_| format.random_row(k, &mut seed)).collect();
                 let packed = Packed::new(format, k, &rows).unwrap();
                 let panels = packed.panels();
-                let x = input(9, k, &mut seed);
+                let x = input(random(9 * k, &mut seed), k);
                 for level in Level::ALL.into_iter().filter(|l| l.is_available()) {
                     let got = run(level, &panels, &x);
                     for (t, r) in (0..x.n).flat_map(|t| (0..n_rows).map(move |r| (t, r))) {
                         let mut w = vec![0.0; k];
                         format.dequantize(&rows[r], &mut w);
                         let x = |i: usize| match layout.integer {
-                            true => {
-                                f64::from(x.quants[t * k + i])
-                                    * f64::from(x.scales[(t * k + i) / 32])
-                            }
+                            true => x.rounded(t, i, k),
                             false => f64::from(x.floats[t * k + i]),
                         };
                         let products = || (0..k).map(|i| x(i) * f64::from(w[i]));
@@ -276,19 +308,10 @@ mod tests {
             let panels = packed.panels();
             for level in Level::ALL.into_iter().filter(|l| l.is_available()) {
                 for n in 2..12 {
-                    let x = input(n, k, &mut seed);
+                    let x = input(random(n * k, &mut seed), k);
                     let all = run(level, &panels, &x);
                     for t in 0..n {
-                        let part =
-                            |v: &[f32], per: usize| v[t * k / per..(t + 1) * k / per].to_vec();
-                        let one = Input {
-                            n: 1,
-                            floats: part(&x.floats, 1),
-                            quants: x.quants[t * k..(t + 1) * k].to_vec(),
-                            scales: part(&x.scales, 32),
-                            sums16: part(&x.sums16, 16),
-                            sums32: part(&x.sums32, 32),
-                        };
+                        let one = input(x.floats[t * k..(t + 1) * k].to_vec(), k);
                         let one = run(level, &panels, &one);
                         assert_eq!(
                             one,

@@ -87,21 +87,22 @@ unsafe fn integers<const GROUP: usize>(
             .flat_map(|b| (0..layout.block_len / 32).map(move |i| group(layout.name, b, i)))
             .collect();
         for t in 0..x.n {
-            let quants = &x.quants[t * x.stride..];
-            let scales = &x.scales[t * x.stride / 32..];
+            let (tile, lane) = (t / x.tile * groups.len(), t % x.tile);
             let sums = if GROUP == 32 { x.sums32 } else { x.sums16 };
-            let sums = &sums[t * x.stride / GROUP..];
             let mut acc = [0.0; LANES];
             for (g, group) in groups.iter().enumerate() {
+                let at = (tile + g) * x.tile + lane;
+                let quants = &x.quants[32 * at..];
                 for half in 0..32 / GROUP {
                     let mut sum = [0i32; LANES];
                     for k in half * GROUP..(half + 1) * GROUP {
-                        let x = i32::from(quants[32 * g + k]);
+                        let x = i32::from(quants[k]);
                         sum.iter_mut().zip(&group.q[k]).for_each(|(sum, q)| *sum += q * x);
                     }
+                    let x_sum = sums[((tile + g) * (32 / GROUP) + half) * x.tile + lane];
                     for r in 0..LANES {
-                        acc[r] += sum[r] as f32 * (group.d[half][r] * scales[g]);
-                        acc[r] += group.m[half][r] * sums[g * (32 / GROUP) + half];
+                        acc[r] += sum[r] as f32 * (group.d[half][r] * x.scales[at]);
+                        acc[r] += group.m[half][r] * x_sum;
                     }
                 }
             }

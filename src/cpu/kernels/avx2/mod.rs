@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 use self::formats::*;
 
 use super::super::threads::Columns;
-use super::{Activations, LANES, Multiply, Panels, Scratch};
+use super::{Activations, LANES, Multiply, Panels, Scratch, TILE};
 
 pub(super) static TABLE: [Multiply; 14] = [
     floats::<F32>,
@@ -158,22 +158,22 @@ unsafe fn integers<Q: Quants>(
     start: usize,
 ) {
     unsafe {
-        for panel in 0..w.n_rows.div_ceil(LANES) {
-            let from = w.bytes.as_ptr().add(panel * w.stride);
-            let (at, n_rows) = (start + panel * LANES, w.n_rows - panel * LANES);
-            if x.n == 1 {
-                store(out, 0, at, n_rows, one_token::<Q>(from, w.n_in, x));
-                continue;
+        let n_panels = w.n_rows.div_ceil(LANES);
+        let from = |panel: usize| w.bytes.as_ptr().add(panel * w.stride);
+        if x.n == 1 {
+            for panel in 0..n_panels {
+                let acc = one_token::<Q>(from(panel), w.n_in, x);
+                store(out, 0, start + panel * LANES, w.n_rows - panel * LANES, acc);
             }
-            let unpacked = unpack::<Q>(from, w.n_in, scratch);
-            let mut t = 0;
-            while t < x.n {
-                t += match x.n - t {
-                    4.. => tokens::<Q, 4>(unpacked, w.n_in, x, t, out, at, n_rows),
-                    2.. => tokens::<Q, 2>(unpacked, w.n_in, x, t, out, at, n_rows),
-                    _ => tokens::<Q, 1>(unpacked, w.n_in, x, t, out, at, n_rows),
-                };
-            }
+            return;
+        }
+        let mut panel = 0;
+        while panel < n_panels {
+            let at = (start + panel * LANES, w.n_rows - panel * LANES);
+            panel += match n_panels - panel {
+                2.. => tiles::<Q, 2>([from(panel), from(panel + 1)], w.n_in, x, scratch, out, at),
+                _ => tiles::<Q, 1>([from(panel)], w.n_in, x, scratch, out, at),
+            };
         }
     }
 }
@@ -214,7 +214,8 @@ unsafe fn one_token<Q: Quants>(panel: *const u8, n_in: usize, x: &Activations) -
     }
 }
 
-/// An unpacked panel: quants `[n_in / 4]`, scales and minima `[n_in / GROUP]`, one vector each.
+/// `P` unpacked panels, side by side: quants `[n_in / 4, P]`, scales and minima
+/// `[n_in / GROUP, P]`, one vector each.
 #[derive(Clone, Copy)]
 struct Unpacked {
     q: *const __m256i,
@@ -223,24 +224,31 @@ struct Unpacked {
 }
 
 #[inline(always)]
-unsafe fn unpack<Q: Quants>(panel: *const u8, n_in: usize, scratch: &mut Scratch) -> Unpacked {
+unsafe fn unpack<Q: Quants, const P: usize>(
+    panels: [*const u8; P],
+    n_in: usize,
+    scratch: &mut Scratch,
+) -> Unpacked {
     unsafe {
-        let (n_q, n_d) = (n_in / 4, n_in / Q::GROUP);
+        let (n_q, n_d) = (n_in / 4 * P, n_in / Q::GROUP * P);
         let q = scratch.bytes((n_q + 2 * n_d) * 32).cast::<__m256i>();
         let d = q.add(n_q).cast::<__m256>();
         let m = d.add(n_d);
-        for b in 0..n_in / Q::BLOCK {
-            let block = panel.add(b * Q::ROW_BYTES * LANES);
-            let head = Q::head(block);
-            for i in 0..Q::BLOCK / 32 {
-                let group = Q::group(block, head, i);
-                let g = b * (Q::BLOCK / 32) + i;
-                for j in 0..8 {
-                    *q.add(8 * g + j) = group.q[j];
-                }
-                for half in 0..32 / Q::GROUP {
-                    *d.add(g * (32 / Q::GROUP) + half) = group.d[half];
-                    *m.add(g * (32 / Q::GROUP) + half) = group.m[half];
+        for (p, panel) in panels.into_iter().enumerate() {
+            for b in 0..n_in / Q::BLOCK {
+                let block = panel.add(b * Q::ROW_BYTES * LANES);
+                let head = Q::head(block);
+                for i in 0..Q::BLOCK / 32 {
+                    let group = Q::group(block, head, i);
+                    let g = b * (Q::BLOCK / 32) + i;
+                    for j in 0..8 {
+                        *q.add((8 * g + j) * P + p) = group.q[j];
+                    }
+                    for half in 0..32 / Q::GROUP {
+                        let at = (g * (32 / Q::GROUP) + half) * P + p;
+                        *d.add(at) = group.d[half];
+                        *m.add(at) = group.m[half];
+                    }
                 }
             }
         }
@@ -248,53 +256,104 @@ unsafe fn unpack<Q: Quants>(panel: *const u8, n_in: usize, scratch: &mut Scratch
     }
 }
 
-/// One unpacked panel times `T` tokens.
+/// Does nothing, but keeps the compiler from moving additions about, which costs it more registers
+/// than there are.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn in_order(mut sum: __m256i) -> __m256i {
+    // SAFETY: there is no instruction.
+    unsafe {
+        std::arch::asm!(
+            "/* {0} */",
+            inout(ymm_reg) sum,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}
+
+/// `P` panels times all tokens, a tile of them at a time. Returns `P`.
 #[inline(always)]
-unsafe fn tokens<Q: Quants, const T: usize>(
+unsafe fn tiles<Q: Quants, const P: usize>(
+    panels: [*const u8; P],
+    n_in: usize,
+    x: &Activations,
+    scratch: &mut Scratch,
+    out: Columns<f32>,
+    (at, n_rows): (usize, usize),
+) -> usize {
+    unsafe {
+        let w = unpack::<Q, P>(panels, n_in, scratch);
+        for tile in 0..x.n.div_ceil(TILE) {
+            let acc = one_tile::<Q, P>(w, n_in, x, tile);
+            for i in 0..TILE.min(x.n - tile * TILE) {
+                for (p, acc) in acc.iter().enumerate() {
+                    store(out, tile * TILE + i, at + p * LANES, n_rows - p * LANES, acc[i]);
+                }
+            }
+        }
+        P
+    }
+}
+
+/// `P` panels times the tokens of one tile.
+// With other loops than these, sums are kept in memory instead of registers.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+unsafe fn one_tile<Q: Quants, const P: usize>(
     w: Unpacked,
     n_in: usize,
     x: &Activations,
-    t: usize,
-    out: Columns<f32>,
-    at: usize,
-    n_rows: usize,
-) -> usize {
+    tile: usize,
+) -> [[__m256; TILE]; P] {
     unsafe {
         let ones = _mm256_set1_epi16(1);
-        let quants = x.quants.as_ptr().add(t * x.stride);
-        let scales = x.scales.as_ptr().add(t * x.stride / 32);
-        let sums = match Q::GROUP {
+        let mut quants = x.quants.as_ptr().add(tile * TILE * n_in);
+        let mut scales = x.scales.as_ptr().add(tile * TILE * n_in / 32);
+        let mut sums = match Q::GROUP {
             32 => x.sums32.as_ptr(),
             _ => x.sums16.as_ptr(),
         }
-        .add(t * x.stride / Q::GROUP);
-        let mut acc = [_mm256_setzero_ps(); T];
-        for g in 0..n_in / Q::GROUP {
-            let mut sum = [_mm256_setzero_si256(); T];
-            for j in (0..Q::GROUP / 4).step_by(Q::RUN) {
-                let mut run = [_mm256_setzero_si256(); T];
-                for j in j..j + Q::RUN {
-                    let j = g * (Q::GROUP / 4) + j;
-                    let q = *w.q.add(j);
-                    for (i, run) in run.iter_mut().enumerate() {
-                        *run = pairs::<Q>(*run, q, four(quants.add(i * x.stride + 4 * j)));
+        .add(tile * TILE * n_in / Q::GROUP);
+        let (mut q, mut d, mut m) = (w.q, w.d, w.m);
+        let mut acc = [[_mm256_setzero_ps(); TILE]; P];
+        for _ in 0..n_in / 32 {
+            for half in 0..32 / Q::GROUP {
+                let mut sum = [[_mm256_setzero_si256(); TILE]; P];
+                for j in (0..Q::GROUP / 4).step_by(Q::RUN) {
+                    let mut run = [[_mm256_setzero_si256(); TILE]; P];
+                    for j in j..j + Q::RUN {
+                        let mut w_j = [_mm256_setzero_si256(); P];
+                        for p in 0..P {
+                            w_j[p] = *q.add(j * P + p);
+                        }
+                        for i in 0..TILE {
+                            let x = four(quants.add(32 * i + half * Q::GROUP + 4 * j));
+                            for p in 0..P {
+                                run[p][i] = in_order(pairs::<Q>(run[p][i], w_j[p], x));
+                            }
+                        }
+                    }
+                    for p in 0..P {
+                        for i in 0..TILE {
+                            let wide = _mm256_madd_epi16(run[p][i], ones);
+                            sum[p][i] = _mm256_add_epi32(sum[p][i], wide);
+                        }
                     }
                 }
-                for (sum, run) in sum.iter_mut().zip(run) {
-                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(run, ones));
+                q = q.add(Q::GROUP / 4 * P);
+                for p in 0..P {
+                    let (d, m) = (*d.add(p), *m.add(p));
+                    for i in 0..TILE {
+                        let (scale, x_sum) = (*scales.add(i), *sums.add(i));
+                        acc[p][i] = scaled::<Q>(acc[p][i], sum[p][i], (d, m), (scale, x_sum));
+                    }
                 }
+                (d, m, sums) = (d.add(P), m.add(P), sums.add(TILE));
             }
-            let (d, m) = (*w.d.add(g), *w.m.add(g));
-            for i in 0..T {
-                let scale = *scales.add(i * x.stride / 32 + g * Q::GROUP / 32);
-                let x_sum = *sums.add(i * x.stride / Q::GROUP + g);
-                acc[i] = scaled::<Q>(acc[i], sum[i], (d, m), (scale, x_sum));
-            }
+            (quants, scales) = (quants.add(32 * TILE), scales.add(TILE));
         }
-        for (i, acc) in acc.iter().enumerate() {
-            store(out, t + i, at, n_rows, *acc);
-        }
-        T
+        acc
     }
 }
 
