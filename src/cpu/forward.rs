@@ -468,18 +468,37 @@ impl Buffers {
     /// Adds a product to the residual stream, normed where the model norms it.
     fn add_product(&mut self, pass: &Pass, w: &Matrix, source: Source, post: Option<&NormWeight>) {
         let hp = &pass.model.hparams;
+        let n_embd = hp.n_embd;
         let Buffers { x, added, heads, up, threads, .. } = self;
+        let n = x.len() / n_embd;
         added.resize(x.len(), 0.0);
         let input = match source {
             Source::Heads => heads.view(),
             Source::Up => up.view(),
         };
-        products(pass.crew, &[(w, Columns::new(added, hp.n_embd))], &input, threads);
-        for (x, added) in x.chunks_exact_mut(hp.n_embd).zip(added.chunks_exact_mut(hp.n_embd)) {
-            if let Some(weight) = post {
-                norm_row(hp.norm, weight, added);
+        let (x, added) = (Columns::new(x, n_embd), Columns::new(added, n_embd));
+        let threads = Columns::new(threads, 1);
+        let n_rows = rows_per_task(pass.crew, n_embd);
+        pass.crew.each(n_embd.div_ceil(n_rows), |thread, task| {
+            let start = task * n_rows;
+            let len = n_rows.min(n_embd - start);
+            // SAFETY: tasks have rows of their own, threads have buffers of their own.
+            unsafe {
+                let scratch = &mut threads.part(thread, 0, 1)[0].scratch;
+                w.multiply((start, len), &input, scratch, added, start);
+                for t in (0..n).filter(|_| post.is_none()) {
+                    let added = added.part(t, start, len);
+                    simd::add_scaled(x.part(t, start, len), hp.residual_scale, added);
+                }
             }
-            simd::add_scaled(x, hp.residual_scale, added);
+        });
+        if let Some(weight) = post {
+            pass.crew.each(n, |_, t| {
+                // SAFETY: tasks have tokens of their own.
+                let (x, added) = unsafe { (x.part(t, 0, n_embd), added.part(t, 0, n_embd)) };
+                norm_row(hp.norm, weight, added);
+                simd::add_scaled(x, hp.residual_scale, added);
+            });
         }
     }
 

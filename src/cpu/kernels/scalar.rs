@@ -95,9 +95,9 @@ unsafe fn integers<const GROUP: usize>(
                 let quants = &x.quants[32 * at..];
                 for half in 0..32 / GROUP {
                     let mut sum = [0i32; LANES];
-                    for k in half * GROUP..(half + 1) * GROUP {
-                        let x = i32::from(quants[k]);
-                        sum.iter_mut().zip(&group.q[k]).for_each(|(sum, q)| *sum += q * x);
+                    let part = half * GROUP..(half + 1) * GROUP;
+                    for (x, q) in quants[part.clone()].iter().zip(&group.q[part]) {
+                        sum.iter_mut().zip(q).for_each(|(sum, q)| *sum += q * i32::from(*x));
                     }
                     let x_sum = sums[((tile + g) * (32 / GROUP) + half) * x.tile + lane];
                     for r in 0..LANES {
