@@ -178,6 +178,9 @@ unsafe fn integers<Q: Quants>(
     }
 }
 
+/// Bytes that are asked of memory before they are needed.
+const AHEAD: usize = 4096;
+
 /// One panel times one token.
 #[inline(always)]
 unsafe fn one_token<Q: Quants>(panel: *const u8, n_in: usize, x: &Activations) -> __m256 {
@@ -188,6 +191,11 @@ unsafe fn one_token<Q: Quants>(panel: *const u8, n_in: usize, x: &Activations) -
             let block = panel.add(b * Q::ROW_BYTES * LANES);
             let head = Q::head(block);
             for i in 0..Q::BLOCK / 32 {
+                for line in (0..Q::ROW_BYTES * LANES / (Q::BLOCK / 32)).step_by(64) {
+                    let at = block
+                        .wrapping_add(AHEAD + i * (Q::ROW_BYTES * LANES / (Q::BLOCK / 32)) + line);
+                    _mm_prefetch::<_MM_HINT_T0>(at.cast());
+                }
                 let group = Q::group(block, head, i);
                 let g = b * (Q::BLOCK / 32) + i;
                 let quants = x.quants.as_ptr().add(32 * g);
