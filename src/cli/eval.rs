@@ -10,6 +10,7 @@ use super::options::RunArgs;
 use super::terminal::{print, print_json, progress, read_text};
 use crate::bad_usage;
 use crate::error::Result;
+use crate::gguf::{Sink, replace_file};
 use crate::measure::quality::{Base, Quality, Windows, evaluate};
 use crate::session::Session;
 
@@ -20,9 +21,13 @@ pub(super) struct Eval {
     /// The text; with --base, its own text is used and this one must be the same
     #[arg(short, long, value_name = "FILE", required_unless_present = "base")]
     file: Option<PathBuf>,
-    /// Log-probabilities to compare with, from llama-perplexity --kl-divergence-base
+    /// Log-probabilities to compare with, from --save-base or llama-perplexity's
+    /// --kl-divergence-base
     #[arg(long, value_name = "FILE")]
     base: Option<PathBuf>,
+    /// Writes this model's log-probabilities to a file that can be a --base
+    #[arg(long, value_name = "FILE")]
+    save_base: Option<PathBuf>,
     /// Prints the result as JSON
     #[arg(long)]
     json: bool,
@@ -61,8 +66,22 @@ impl Run for Eval {
         };
         let mut session = self.run.session_of(model, Some(n_ctx))?;
         let bar = progress(windows.len(), "windows");
-        let quality =
-            evaluate(&mut session, windows, base.as_ref(), &mut |n| bar.set_position(n as u64))?;
+        let mut run = |save: Option<&mut Sink>| {
+            let mut progress = |n| bar.set_position(n as u64);
+            evaluate(&mut session, windows, base.as_ref(), save, &mut progress)
+        };
+        let quality = match &self.save_base {
+            None => run(None)?,
+            Some(path) => {
+                let mut quality = None;
+                replace_file(path, |out| {
+                    quality = Some(run(Some(out))?);
+                    Ok(())
+                })?;
+                let Some(quality) = quality else { bad_usage!("nothing was measured") };
+                quality
+            }
+        };
         bar.finish_and_clear();
         match self.json {
             true => print_json(&self.report(&session, &quality)),

@@ -13,7 +13,7 @@ mod write;
 pub use bytes::Bytes;
 pub use read::{Gguf, Tensor};
 pub use value::{Array, Value, ValueType};
-pub use write::{Data, Sink, Source, Writer};
+pub use write::{Data, Sink, Source, Writer, replace_file};
 
 use crate::quant::Type;
 

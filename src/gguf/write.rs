@@ -207,30 +207,10 @@ impl<'a> Writer<'a> {
         Ok(out)
     }
 
-    /// Writes the file, replacing one of this name. If anything fails, the old file stays as it is
-    /// and nothing is left behind. The old file may be one that this writer borrows from.
+    /// Writes the file, replacing one of this name, as [`replace_file`] does. The old file may be one
+    /// that this writer borrows from.
     pub fn write(self, path: &Path) -> Result<()> {
-        self.write_beside(path).map_err(|e| e.at(path))
-    }
-
-    fn write_beside(self, path: &Path) -> Result<()> {
-        // A name that leads elsewhere keeps doing so: what it leads to is replaced.
-        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-        // Replacing `/dev/null` by a file would be a surprise.
-        if target.exists() && !target.is_file() {
-            fail!("is not a regular file");
-        }
-        let (mut file, temporary) = Temporary::create(&target)?;
-        self.emit_buffered(&mut file)?;
-        file.sync_all().map_err(write_error)?;
-        drop(file);
-        temporary.rename(&target)
-    }
-
-    fn emit_buffered(self, file: &mut File) -> Result<()> {
-        let mut file = std::io::BufWriter::with_capacity(1 << 20, file);
-        self.emit(&mut |bytes| file.write_all(bytes).map_err(write_error))?;
-        file.flush().map_err(write_error)
+        replace_file(path, |out| self.emit(out))
     }
 
     fn emit(self, out: &mut Sink) -> Result<()> {
@@ -330,6 +310,27 @@ fn put_plain(out: &mut Vec<u8>, value: Value<'_>) {
         Value::String(bytes) => put_string(out, bytes),
         Value::Array(_) => {}
     }
+}
+
+/// Writes a file of any kind, replacing one of this name. If anything fails, the old file stays as
+/// it is and nothing is left behind.
+pub fn replace_file(path: &Path, make: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
+    let write = || {
+        // A name that leads elsewhere keeps doing so: what it leads to is replaced.
+        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        // Replacing `/dev/null` by a file would be a surprise.
+        if target.exists() && !target.is_file() {
+            fail!("is not a regular file");
+        }
+        let (file, temporary) = Temporary::create(&target)?;
+        let mut file = std::io::BufWriter::with_capacity(1 << 20, file);
+        make(&mut |bytes| file.write_all(bytes).map_err(write_error))?;
+        let file = file.into_inner().map_err(|e| write_error(e.into_error()))?;
+        file.sync_all().map_err(write_error)?;
+        drop(file);
+        temporary.rename(&target)
+    };
+    write().map_err(|e: Error| e.at(path))
 }
 
 /// A file that vanishes unless it is renamed.

@@ -9,8 +9,9 @@ use std::path::Path;
 use crate::bad_file;
 use crate::bad_usage;
 use crate::error::Result;
-use crate::gguf::Bytes;
+use crate::gguf::{Bytes, Sink};
 use crate::session::Session;
+use crate::simd;
 
 /// Log-probabilities of a base below this do not count in the divergence.
 const KL_FLOOR: f32 = -16.0;
@@ -135,6 +136,31 @@ impl Base {
         Ok(Base { windows: Windows { n_ctx, tokens }, n_vocab, rows })
     }
 
+    /// The file's beginning, for windows of a model with `n_vocab` tokens; rows follow it.
+    fn header(windows: &Windows, n_vocab: usize) -> Vec<u8> {
+        let mut out = b"_logits_".to_vec();
+        let counts = [windows.n_ctx, n_vocab, windows.len()].map(|n| n as u32);
+        let numbers = counts.iter().chain(windows.tokens());
+        numbers.for_each(|n| out.extend(n.to_le_bytes()));
+        out
+    }
+
+    /// The stored form of one scored token's logits, whose log-sum is `log_sum`.
+    fn encode(logits: &[f32], log_sum: f64) -> Vec<u8> {
+        let max = simd::max(logits);
+        let min = logits.iter().copied().fold(f32::INFINITY, f32::min).max(max + KL_FLOOR);
+        let scale = (max - min) / 65_535.0;
+        let mut out = scale.to_le_bytes().to_vec();
+        out.extend(((f64::from(min) - log_sum) as f32).to_le_bytes());
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        for x in logits {
+            // Casting saturates, so what is below the floor becomes 0.
+            out.extend((((x - min) * inverse).round() as u16).to_le_bytes());
+        }
+        out.resize(row_bytes(logits.len()), 0);
+        out
+    }
+
     /// The log-probabilities of one scored token.
     fn row(&self, i: usize, out: &mut Vec<f32>) {
         let n = row_bytes(self.n_vocab);
@@ -157,17 +183,22 @@ fn scored(n_ctx: usize) -> std::ops::Range<usize> {
     n_ctx / 2..n_ctx - 1
 }
 
-/// Scores all windows, against `base` if there is one, which must be of the same windows.
-/// `progress` is called after every window with its number.
+/// Scores all windows, against `base` if there is one, which must be of the same windows. `save`
+/// gets a file that can be the base of other models. `progress` is called after every window with
+/// its number.
 pub fn evaluate(
     session: &mut Session,
     windows: &Windows,
     base: Option<&Base>,
+    mut save: Option<&mut Sink>,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Quality> {
     let model = session.model().clone();
     let n_vocab = model.hparams.n_vocab;
     let (n_ctx, bos) = (windows.n_ctx, model.tokenizer.bos().filter(|_| model.tokenizer.add_bos()));
+    if let Some(save) = &mut save {
+        save(&Base::header(windows, n_vocab))?;
+    }
     let (mut nll, mut base_nll) = (Vec::new(), Vec::new());
     let (mut kl, mut n_same, mut base_row) = (Vec::new(), 0usize, Vec::new());
     for (i, window) in windows.tokens().chunks_exact(n_ctx).enumerate() {
@@ -182,6 +213,9 @@ pub fn evaluate(
             let target = window[at + 1] as usize;
             let log_sum = log_sum_exp(logits);
             nll.push(log_sum - f64::from(logits[target]));
+            if let Some(save) = &mut save {
+                save(&Base::encode(logits, log_sum))?;
+            }
             if let Some(base) = base {
                 base.row(nll.len() - 1, &mut base_row);
                 base_nll.push(-f64::from(base_row[target]));

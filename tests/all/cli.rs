@@ -176,6 +176,28 @@ fn file_errors_exit_with_3() {
 }
 
 #[test]
+fn a_saved_base_is_this_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let text = "It was the best of times, it was the worst of times, said the old man. ".repeat(30);
+    std::fs::write(at("text"), text).unwrap();
+    let eval = |args: &[&str]| -> serde_json::Value {
+        let text = at("text");
+        let args = [&["eval", "-f", &text, "-c", "128", "--json"], args].concat();
+        serde_json::from_str(&ok(&args, "")).unwrap()
+    };
+    let number = |value: &serde_json::Value| value.as_f64().unwrap();
+    let base = at("base.kld");
+    let saved = eval(&["--exact", "--save-base", &base]);
+    let same = eval(&["--exact", "--base", &base]);
+    assert_eq!(saved["ppl"], same["ppl"]);
+    assert!(number(&same["kl_mean"]).abs() < 1e-5 && number(&same["same_top"]) > 0.99, "{same}");
+    // Activations rounded to 8 bits.
+    let rounded = eval(&["--base", &base]);
+    assert!(number(&rounded["kl_mean"]) < 5e-3 && number(&rounded["same_top"]) > 0.95, "{rounded}");
+}
+
+#[test]
 fn reference_text_and_perplexity() {
     let Some(shared) = shared() else { return };
     let at = |name: &str| shared.join(name).to_str().unwrap().to_string();

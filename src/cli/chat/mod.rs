@@ -16,6 +16,7 @@ use super::sampling::SamplingArgs;
 use super::terminal::{note, print_text, progress, read_text};
 use crate::bad_usage;
 use crate::error::{Error, Result, escaped};
+use crate::gguf::replace_file;
 use crate::session::Session;
 use crate::session::chat::{self, End, Event, Message, Reply};
 
@@ -297,8 +298,7 @@ impl Talk {
         }
         let value = json!({"model": self.args.run.model.name(), "messages": self.chat.messages});
         let text = format!("{value:#}\n");
-        std::fs::write(file, text)
-            .map_err(|e| Error::Runtime(e.to_string()).at(Path::new(file)))?;
+        replace_file(Path::new(file), |out| out(text.as_bytes()))?;
         note(&format!("{} messages saved", self.chat.messages.len()));
         Ok(())
     }
