@@ -134,11 +134,21 @@ fn main() -> Result<()> {
     };
     let n_ctx = args.n_depth + args.n_prompt.max(args.n_gen) + 8;
 
-    // First, because OpenMP binds the thread that calls it to one core, which new threads inherit.
+    // OpenMP has bound this thread to one core, which new threads inherit; ours need them all.
+    let this = nix::unistd::Pid::from_raw(0);
+    let bound = nix::sched::sched_getaffinity(this)?;
+    let mut all = nix::sched::CpuSet::new();
+    (0..std::thread::available_parallelism()?.get().max(args.threads)).for_each(|core| {
+        // A core that does not exist is no loss.
+        let _ = all.set(core);
+    });
+    nix::sched::sched_setaffinity(this, &all)?;
     let model = Arc::new(Model::open(&path)?);
     let n_vocab = model.hparams.n_vocab as u64;
     let options = Options { n_ctx: Some(n_ctx), n_threads: args.threads, ..Options::default() };
     let mut ours = Ours(Session::new(model, &options)?);
+
+    nix::sched::sched_setaffinity(this, &bound)?;
 
     let mut backend = LlamaBackend::init()?;
     backend.void_logs();
