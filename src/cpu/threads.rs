@@ -4,8 +4,6 @@
 //! the first thread walks the layers and hands the others one phase after another
 //! ([`Crew::each`], [`Crew::chunks`], below 1 us), because waking a pool for each of the hundreds of
 //! operations of a token would cost milliseconds. Threads that wait spin for a moment, then sleep.
-//! They never yield: where another program is busy on the same core, that gives it a whole time
-//! slice, and hundreds of such waits make a token ten times slower; a sleeper is woken at once.
 #![allow(unsafe_code)]
 
 use std::cell::UnsafeCell;
