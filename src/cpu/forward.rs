@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::KvCache;
-use super::kernels::{Activations, LANES, Scratch};
+use super::kernels::{Activations, LANES, Scratch, multiply};
 use super::ops::{Rotation, activate, norm_row};
 use super::rows::Rows;
 use super::threads::{Columns, Crew, Team};
@@ -296,11 +296,10 @@ impl Buffers {
         let width = n_keys.next_multiple_of(LANES);
         let Buffers { q, heads, scores, threads, .. } = self;
         scores.resize(g.n_head * width, 0.0);
-        let threads = Columns::new(threads, 1);
 
         let n_tasks = n_keys.div_ceil(KEYS_PER_TASK);
         let out = Columns::new(&mut scores[..], width);
-        pass.crew.each(g.n_head_kv * n_tasks, |thread, task| {
+        pass.crew.each_with(threads, g.n_head_kv * n_tasks, |own, task| {
             let (head, start) = (task / n_tasks, task % n_tasks * KEYS_PER_TASK);
             let n = KEYS_PER_TASK.min(n_keys - start);
             let queries = Activations {
@@ -310,10 +309,9 @@ impl Buffers {
                 ..Activations::default()
             };
             let keys = cache.keys(i, head, first + start, n);
-            // SAFETY: tasks have keys of their own, threads have buffers of their own.
+            // SAFETY: tasks have keys of their own.
             unsafe {
-                let scratch = &mut threads.part(thread, 0, 1)[0].scratch;
-                super::kernels::multiply(&keys, &queries, scratch, out.skip(head * per_kv), start);
+                multiply(&keys, &queries, &mut own.scratch, out.skip(head * per_kv), start);
             }
         });
         let seen = visible.start - first..n_keys;
@@ -322,7 +320,7 @@ impl Buffers {
         });
         let n_tasks = g.value_dim.div_ceil(VALUES_PER_TASK);
         let out = Columns::new(&mut heads.floats[..], g.value_dim);
-        pass.crew.each(g.n_head_kv * n_tasks, |thread, task| {
+        pass.crew.each_with(threads, g.n_head_kv * n_tasks, |own, task| {
             let (head, start) = (task / n_tasks, task % n_tasks * VALUES_PER_TASK);
             let n = VALUES_PER_TASK.min(g.value_dim - start);
             let weights = Activations {
@@ -332,16 +330,9 @@ impl Buffers {
                 ..Activations::default()
             };
             let values = cache.values(i, head, (start, n), (visible.start, seen.len()));
-            // SAFETY: tasks have elements of their own, threads have buffers of their own.
+            // SAFETY: tasks have elements of their own.
             unsafe {
-                let scratch = &mut threads.part(thread, 0, 1)[0].scratch;
-                super::kernels::multiply(
-                    &values,
-                    &weights,
-                    scratch,
-                    out.skip(head * per_kv),
-                    start,
-                );
+                multiply(&values, &weights, &mut own.scratch, out.skip(head * per_kv), start);
             }
         });
     }
@@ -362,14 +353,11 @@ impl Buffers {
         let n_block = (QUERY_ROWS / per_kv).max(1);
         let n_blocks = n.div_ceil(n_block);
         let Buffers { q, heads, threads, .. } = self;
-        let threads = Columns::new(threads, 1);
         let heads = Columns::new(&mut heads.floats[..], out_width);
         // The longest rows first, so that no thread ends with one.
-        pass.crew.each(g.n_head_kv * n_blocks, |thread, task| {
+        pass.crew.each_with(threads, g.n_head_kv * n_blocks, |own, task| {
             let (head, block) = (task % g.n_head_kv, n_blocks - 1 - task / g.n_head_kv);
             let tokens = block * n_block..n.min((block + 1) * n_block);
-            // SAFETY: threads have buffers of their own.
-            let own = unsafe { &mut threads.part(thread, 0, 1)[0] };
             let n_rows = tokens.len() * per_kv;
             own.q.clear();
             for t in tokens.clone() {
@@ -393,13 +381,7 @@ impl Buffers {
             let out = Columns::new(&mut own.scores[..], width);
             // SAFETY: the output is this thread's own.
             unsafe {
-                super::kernels::multiply(
-                    &keys,
-                    &rows(&own.q, g.score_dim),
-                    &mut own.scratch,
-                    out,
-                    0,
-                );
+                multiply(&keys, &rows(&own.q, g.score_dim), &mut own.scratch, out, 0);
             }
             for (r, row) in own.scores.chunks_exact_mut(width).enumerate() {
                 let (t, h) = (tokens.start + r / per_kv, head * per_kv + r % per_kv);
@@ -412,13 +394,7 @@ impl Buffers {
             let out = Columns::new(&mut own.out[..], g.value_dim);
             // SAFETY: the output is this thread's own.
             unsafe {
-                super::kernels::multiply(
-                    &values,
-                    &rows(&own.scores, width),
-                    &mut own.scratch,
-                    out,
-                    0,
-                );
+                multiply(&values, &rows(&own.scores, width), &mut own.scratch, out, 0);
             }
             for (i, t) in tokens.enumerate() {
                 let at = head * per_kv * g.value_dim;
@@ -438,17 +414,15 @@ impl Buffers {
         gate.resize(if w.ffn_gate.is_some() { n * n_ff } else { 0 }, 0.0);
         let x = normed.view();
         let (gate, up) = (Columns::new(gate, n_ff), up.parts(w.ffn_down.integer));
-        let threads = Columns::new(threads, 1);
         let n_rows = rows_per_task(pass.crew, n_ff).next_multiple_of(32);
-        pass.crew.each(n_ff.div_ceil(n_rows), |thread, task| {
+        pass.crew.each_with(threads, n_ff.div_ceil(n_rows), |own, task| {
             let start = task * n_rows;
             let len = n_rows.min(n_ff - start);
-            // SAFETY: tasks have rows of their own, threads have buffers of their own.
+            // SAFETY: tasks have rows of their own.
             unsafe {
-                let scratch = &mut threads.part(thread, 0, 1)[0].scratch;
-                w.ffn_up.multiply((start, len), &x, scratch, up.floats, start);
+                w.ffn_up.multiply((start, len), &x, &mut own.scratch, up.floats, start);
                 if let Some(w) = &w.ffn_gate {
-                    w.multiply((start, len), &x, scratch, gate, start);
+                    w.multiply((start, len), &x, &mut own.scratch, gate, start);
                 }
                 for t in 0..n {
                     let up = up.floats.part(t, start, len);
@@ -477,15 +451,13 @@ impl Buffers {
             Source::Up => up.view(),
         };
         let (x, added) = (Columns::new(x, n_embd), Columns::new(added, n_embd));
-        let threads = Columns::new(threads, 1);
         let n_rows = rows_per_task(pass.crew, n_embd);
-        pass.crew.each(n_embd.div_ceil(n_rows), |thread, task| {
+        pass.crew.each_with(threads, n_embd.div_ceil(n_rows), |own, task| {
             let start = task * n_rows;
             let len = n_rows.min(n_embd - start);
-            // SAFETY: tasks have rows of their own, threads have buffers of their own.
+            // SAFETY: tasks have rows of their own.
             unsafe {
-                let scratch = &mut threads.part(thread, 0, 1)[0].scratch;
-                w.multiply((start, len), &input, scratch, added, start);
+                w.multiply((start, len), &input, &mut own.scratch, added, start);
                 for t in (0..n).filter(|_| post.is_none()) {
                     let added = added.part(t, start, len);
                     simd::add_scaled(x.part(t, start, len), hp.residual_scale, added);
@@ -547,17 +519,15 @@ fn products(
     let total: usize = outs.iter().map(|(w, _)| w.n_out).sum();
     let n_rows = rows_per_task(crew, total);
     let n_tasks: usize = outs.iter().map(|(w, _)| w.n_out.div_ceil(n_rows)).sum();
-    let threads = Columns::new(threads, 1);
-    crew.each(n_tasks, |thread, mut task| {
+    crew.each_with(threads, n_tasks, |own, mut task| {
         for (w, out) in outs {
             let n_here = w.n_out.div_ceil(n_rows);
             if task < n_here {
                 let start = task * n_rows;
                 let n = n_rows.min(w.n_out - start);
-                // SAFETY: tasks have rows of their own, threads have buffers of their own.
+                // SAFETY: tasks have rows of their own.
                 unsafe {
-                    let scratch = &mut threads.part(thread, 0, 1)[0].scratch;
-                    w.multiply((start, n), x, scratch, *out, start);
+                    w.multiply((start, n), x, &mut own.scratch, *out, start);
                 }
                 return;
             }

@@ -193,6 +193,22 @@ impl Crew {
         });
     }
 
+    /// Calls `f(own, task)` for every task below `n_tasks`; each thread has one of `own` to itself.
+    pub fn each_with<B: Send>(
+        &self,
+        own: &mut [B],
+        n_tasks: usize,
+        f: impl Fn(&mut B, usize) + Sync,
+    ) {
+        let own = Columns::new(own, 1);
+        self.each(n_tasks, |thread, task| {
+            // SAFETY: the numbers of threads differ, and a thread has one task at a time.
+            if let [own] = unsafe { own.part(thread, 0, 1) } {
+                f(own, task);
+            }
+        });
+    }
+
     /// Calls `f(thread, i, chunk)` for the chunks of `data`, the last of which may be shorter.
     pub fn chunks<T: Send>(
         &self,

@@ -110,6 +110,22 @@ fn tree(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// The sum of `f(x)`, in lanes.
+#[inline(always)]
+fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane += f(*x);
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += f(*x);
+    }
+    tree(lanes)
+}
+
 /// `e^x` to about 1 unit in the last place: `2^n e^r` with `|r| <= ln 2 / 2`, by the polynomial of
 /// Cephes' `expf`. 0 below -87.3; NaN stays NaN.
 #[inline(always)]
@@ -212,34 +228,14 @@ per_level! {
 per_level! {
     /// The sum.
     pub fn sum(x: &[f32]) -> f32 {
-        let mut lanes = [0.0f32; LANES];
-        let (whole, rest) = x.as_chunks::<LANES>();
-        for x in whole {
-            for (lane, x) in lanes.iter_mut().zip(x) {
-                *lane += x;
-            }
-        }
-        for (lane, x) in lanes.iter_mut().zip(rest) {
-            *lane += x;
-        }
-        tree(lanes)
+        sum_of(x, |x| x)
     }
 }
 
 per_level! {
     /// The sum of `(x - shift)^2`.
     pub fn squares(x: &[f32], shift: f32) -> f32 {
-        let mut lanes = [0.0f32; LANES];
-        let (whole, rest) = x.as_chunks::<LANES>();
-        for x in whole {
-            for (lane, x) in lanes.iter_mut().zip(x) {
-                *lane += (x - shift) * (x - shift);
-            }
-        }
-        for (lane, x) in lanes.iter_mut().zip(rest) {
-            *lane += (x - shift) * (x - shift);
-        }
-        tree(lanes)
+        sum_of(x, |x| (x - shift) * (x - shift))
     }
 }
 
