@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
 
 use super::terminal::note;
@@ -69,20 +70,14 @@ pub(super) struct RunArgs {
     #[arg(long)]
     exact: bool,
     /// Instruction set [default: the best that the processor has]
-    #[arg(long, value_name = "LEVEL", env = "QKOV_SIMD")]
-    simd: Option<SimdArg>,
+    #[arg(long, value_name = "LEVEL", env = "QKOV_SIMD", value_parser = PossibleValuesParser::new(Level::ALL.map(Level::name)))]
+    simd: Option<String>,
     /// Context in tokens [default: as trained, at most 8192]
     #[arg(short, long, value_name = "N")]
     pub(super) ctx: Option<usize>,
     /// Format of cached keys and values
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     cache: CacheArg,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum SimdArg {
-    Scalar,
-    Avx2,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -117,11 +112,8 @@ impl RunArgs {
         }
         options.pin = self.pin();
         options.exact = self.exact;
-        let level = self.simd.map(|level| match level {
-            SimdArg::Scalar => Level::Scalar,
-            SimdArg::Avx2 => Level::Avx2,
-        });
-        if let Some(level) = level
+        let name = self.simd.as_deref();
+        if let Some(level) = Level::ALL.into_iter().find(|l| Some(l.name()) == name)
             && !simd::set_level(level)
         {
             bad_usage!("--simd {}: this processor does not have it", level.name());

@@ -15,17 +15,23 @@ pub enum Level {
     Scalar = 1,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2 = 2,
+    /// And 8-bit products summed in fours, in the encoding of AVX.
+    AvxVnni = 3,
+    /// And 512 bits, with the same.
+    Avx512 = 4,
 }
 
 impl Level {
     /// All levels.
-    pub const ALL: [Level; 2] = [Level::Scalar, Level::Avx2];
+    pub const ALL: [Level; 4] = [Level::Scalar, Level::Avx2, Level::AvxVnni, Level::Avx512];
 
     /// The name on the command line and in reports.
     pub fn name(self) -> &'static str {
         match self {
             Level::Scalar => "scalar",
             Level::Avx2 => "avx2",
+            Level::AvxVnni => "avxvnni",
+            Level::Avx512 => "avx512",
         }
     }
 
@@ -39,8 +45,17 @@ impl Level {
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
             }
+            #[cfg(target_arch = "x86_64")]
+            Level::AvxVnni => Level::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => {
+                Level::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Level::Avx2 => false,
+            _ => false,
         }
     }
 
@@ -54,15 +69,13 @@ static LEVEL: AtomicU8 = AtomicU8::new(0);
 
 /// The level in use: the best that this processor has, unless another was set.
 pub fn level() -> Level {
-    match LEVEL.load(Ordering::Relaxed) {
-        1 => Level::Scalar,
-        2 => Level::Avx2,
-        _ => {
-            let best = Level::best();
-            LEVEL.store(best as u8, Ordering::Relaxed);
-            best
-        }
+    let level = LEVEL.load(Ordering::Relaxed);
+    if let Some(level) = Level::ALL.into_iter().find(|l| *l as u8 == level) {
+        return level;
     }
+    let best = Level::best();
+    LEVEL.store(best as u8, Ordering::Relaxed);
+    best
 }
 
 /// Uses a level from now on; false, and nothing changes, where the processor does not have it.

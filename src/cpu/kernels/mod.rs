@@ -6,10 +6,10 @@
 //! So a result has the same bits whatever else is computed with it: one token or many, any thread.
 #![allow(unsafe_code)]
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
 mod layout;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 pub use layout::{LAYOUTS, layout_of};
 
@@ -120,11 +120,12 @@ type Multiply = unsafe fn(&Panels, &Activations, &mut Scratch, Columns<f32>, usi
 
 /// The functions of a level, in the order of [`LAYOUTS`].
 fn table(level: Level) -> &'static [Multiply] {
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => &avx2::TABLE,
-        _ => &scalar::TABLE,
+    #[cfg(target_arch = "x86_64")]
+    if let Some(table) = x86::table(level) {
+        return table;
     }
+    let _ = level;
+    &scalar::TABLE
 }
 
 /// Writes the products of all rows of `x` with all rows of `panels` to `out[t][start..]`.
@@ -165,8 +166,10 @@ pub unsafe fn multiply(
 /// Operations (multiplications and additions) of one round of [`products_in_registers`].
 pub fn ops_per_round() -> usize {
     match simd::level() {
+        Level::Scalar => scalar::OPS_PER_ROUND,
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => avx2::OPS_PER_ROUND,
+        level => x86::ops_per_round(level),
+        #[cfg(not(target_arch = "x86_64"))]
         _ => scalar::OPS_PER_ROUND,
     }
 }
@@ -174,9 +177,11 @@ pub fn ops_per_round() -> usize {
 /// Multiplies and adds 8-bit integers as fast as the level can, without touching memory.
 pub fn products_in_registers(rounds: usize) {
     match simd::level() {
+        Level::Scalar => scalar::products_in_registers(rounds),
         // SAFETY: the level is available.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { avx2::products_in_registers(rounds) },
+        level => unsafe { x86::products_in_registers(level, rounds) },
+        #[cfg(not(target_arch = "x86_64"))]
         _ => scalar::products_in_registers(rounds),
     }
 }

@@ -2,10 +2,18 @@
 
 use std::arch::x86_64::*;
 
+/// 32 bytes of two panels.
+#[inline(always)]
+unsafe fn two_halves(a: *const u8, b: *const u8) -> __m256i {
+    unsafe { _mm256_loadu2_m128i(b.cast(), a.cast()) }
+}
+
 /// How 8 rows of one float each are read.
 pub(super) trait Floats {
     const BYTES: usize;
     unsafe fn load(at: *const u8) -> __m256;
+    /// Of two panels.
+    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512;
 }
 
 pub(super) struct F32;
@@ -18,6 +26,13 @@ impl Floats for F32 {
     unsafe fn load(at: *const u8) -> __m256 {
         unsafe { _mm256_loadu_ps(at.cast()) }
     }
+    #[inline(always)]
+    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512 {
+        unsafe {
+            let low = _mm512_castpd256_pd512(_mm256_loadu_pd(a.cast()));
+            _mm512_castpd_ps(_mm512_insertf64x4::<1>(low, _mm256_loadu_pd(b.cast())))
+        }
+    }
 }
 
 impl Floats for F16 {
@@ -25,6 +40,10 @@ impl Floats for F16 {
     #[inline(always)]
     unsafe fn load(at: *const u8) -> __m256 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(at.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512 {
+        unsafe { _mm512_cvtph_ps(two_halves(a, b)) }
     }
 }
 
@@ -35,6 +54,13 @@ impl Floats for Bf16 {
         unsafe {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512 {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(two_halves(a, b));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
         }
     }
 }
