@@ -60,7 +60,7 @@ fn linears(l: &Layer) -> impl Iterator<Item = &Linear> {
 /// stays in the file. `exact`: only layouts that lose nothing of the activations.
 fn packed(w: &Weight, exact: bool) -> Option<(usize, usize)> {
     let i = layout_of(w.format).filter(|i| !(exact && LAYOUTS[*i].integer))?;
-    Some((i, LAYOUTS[i].panel_bytes(w.n_in, LANES) * w.n_out.div_ceil(LANES)))
+    Some((i, LAYOUTS[i].panel_bytes(w.n_in) * w.n_out.div_ceil(LANES)))
 }
 
 impl Matrices {
@@ -83,10 +83,10 @@ impl Matrices {
                 let (this, next) = rest.split_at_mut(*size);
                 rest = next;
                 let Some((layout, n_bytes)) = packed(w, exact) else { continue };
-                let panel = LAYOUTS[layout].panel_bytes(w.n_in, LANES);
+                let panel = LAYOUTS[layout].panel_bytes(w.n_in);
                 crew.chunks(&mut this[..n_bytes], panel, |_, i, out| {
                     let rows = (i * LANES..w.n_out.min((i + 1) * LANES)).map(|r| w.row(r));
-                    LAYOUTS[layout].pack_panel(w.format, rows, LANES, out);
+                    LAYOUTS[layout].pack_panel(rows, out);
                 });
             }
         });
@@ -95,7 +95,7 @@ impl Matrices {
         let mut matrix = |w: &Weight, bias: Option<&Vec<f32>>| {
             let place = match packed(w, exact) {
                 Some((layout, _)) => {
-                    let stride = LAYOUTS[layout].panel_bytes(w.n_in, LANES);
+                    let stride = LAYOUTS[layout].panel_bytes(w.n_in);
                     Place::Packed { arena: arena.clone(), start, layout, stride }
                 }
                 None => Place::File(w.clone()),

@@ -79,10 +79,10 @@ impl Packed {
     /// Packs rows of `n_in` elements as they lie in a file; `None` if the format has no layout.
     pub fn new(format: &Format, n_in: usize, rows: &[Vec<u8>]) -> Option<Packed> {
         let layout = layout_of(format)?;
-        let stride = LAYOUTS[layout].panel_bytes(n_in, LANES);
+        let stride = LAYOUTS[layout].panel_bytes(n_in);
         let mut bytes = vec![0; stride * rows.len().div_ceil(LANES)];
         for (panel, rows) in bytes.chunks_exact_mut(stride).zip(rows.chunks(LANES)) {
-            LAYOUTS[layout].pack_panel(format, rows.iter().map(|r| &r[..]), LANES, panel);
+            LAYOUTS[layout].pack_panel(rows.iter().map(|r| &r[..]), panel);
         }
         Some(Packed { layout, bytes, n_in, n_rows: rows.len() })
     }
@@ -90,7 +90,7 @@ impl Packed {
     /// The panels.
     pub fn panels(&self) -> Panels<'_> {
         let Packed { layout, bytes, n_in, n_rows } = self;
-        let stride = LAYOUTS[*layout].panel_bytes(*n_in, LANES);
+        let stride = LAYOUTS[*layout].panel_bytes(*n_in);
         Panels { layout: *layout, bytes, stride, n_in: *n_in, n_rows: *n_rows }
     }
 }
@@ -146,7 +146,7 @@ pub unsafe fn multiply(
     }
     // What the functions below rely on.
     let n_panels = panels.n_rows.div_ceil(LANES);
-    let panel = layout.panel_bytes(k, LANES);
+    let panel = layout.panel_bytes(k);
     assert!(k.is_multiple_of(layout.block_len));
     assert!(panels.bytes.len() >= (n_panels - 1) * panels.stride + panel && panels.stride >= panel);
     let last = (n - 1) * x.stride;
