@@ -10,7 +10,7 @@ use super::Run;
 use super::options::RunArgs;
 use super::terminal::{note, print, print_json, progress};
 use crate::bad_usage;
-use crate::cpu::Limits;
+use crate::cpu::{Limits, Threads};
 use crate::error::Result;
 use crate::measure::latency::{Latency, Test, mean_and_deviation, measure, median, percentile};
 use crate::measure::shape;
@@ -42,6 +42,9 @@ pub(super) struct Bench {
     /// Repetitions of each test, after a warm-up
     #[arg(short, long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
+    /// Also times a start from disk: has the system forget the file first (Linux)
+    #[arg(long, conflicts_with = "shape")]
+    cold: bool,
     /// Form of the output
     #[arg(short, long, value_name = "FORM", default_value = "md")]
     output: Form,
@@ -68,30 +71,61 @@ impl Run for Bench {
 
     fn run(self) -> Result<()> {
         let tests = self.tests()?;
-        let start = Instant::now();
-        let model = self.open()?;
         let n_ctx = tests.iter().map(Test::n_ctx).max();
-        let mut session = self.run.session_of(model, n_ctx)?;
-        session.feed(&[0])?;
+        let counts = self.run.threads();
+        let most = |of: fn(&Threads) -> usize| counts.iter().map(of).max().unwrap_or(1);
+        let n_threads = Threads { one: most(|t| t.one), batch: most(|t| t.batch) };
         // From nothing to the logits of one token.
-        let open_ms = start.elapsed().as_secs_f64() * 1e3;
-        let limits = Limits::measure(session.n_threads(), self.run.pin())?;
-        let bar = progress(tests.len() * (usize::from(self.repetitions) + 1), "repetitions");
-        let mut results = Vec::new();
-        for test in tests {
-            let reps = usize::from(self.repetitions);
-            results.push(measure(&mut session, test, reps, &mut || bar.inc(1))?);
+        let start = || -> Result<(Session, f64)> {
+            let start = Instant::now();
+            let mut session = self.run.session_with(self.open()?, n_ctx, n_threads)?;
+            session.feed(&[0])?;
+            Ok((session, start.elapsed().as_secs_f64()))
+        };
+        let cold = match self.cold {
+            true => {
+                self.run.model.evict()?;
+                Some(start()?.1)
+            }
+            false => None,
+        };
+        let (mut session, warm) = start()?;
+        let n_reps = usize::from(self.repetitions);
+        let bar = progress(counts.len() * tests.len() * (n_reps + 1), "repetitions");
+        let mut runs = Vec::new();
+        for n_threads in counts {
+            let limits = Limits::measure(n_threads.most(), self.run.pin())?;
+            session.set_threads(n_threads);
+            for test in &tests {
+                let latency = measure(&mut session, *test, n_reps, &mut || bar.inc(1))?;
+                runs.push(Measured { n_threads, limits, latency });
+            }
         }
         bar.finish_and_clear();
-        let rows: Vec<Value> =
-            results.iter().map(|r| self.row(&session, &limits, open_ms, r)).collect();
+        let starts = Starts { cold, warm };
+        let rows: Vec<Value> = runs.iter().map(|r| self.row(&session, &starts, r)).collect();
         match self.output {
             _ if self.json => print_json(&rows),
             Form::Json => print_json(&rows),
             Form::Csv => print(csv(&rows).as_bytes()),
-            Form::Md => self.table(&session, &limits, open_ms, &results),
+            Form::Md => self.table(&session, &starts, &runs),
         }
     }
+}
+
+/// One row of the report.
+struct Measured {
+    n_threads: Threads,
+    limits: Limits,
+    latency: Latency,
+}
+
+/// Seconds from nothing to the logits of one token.
+struct Starts {
+    /// The file not in memory; only if asked for.
+    cold: Option<f64>,
+    /// The file in the page cache.
+    warm: f64,
 }
 
 impl Bench {
@@ -124,7 +158,9 @@ impl Bench {
         synthetic.unwrap_or_else(|| self.run.model.name())
     }
 
-    fn row(&self, session: &Session, limits: &Limits, open_ms: f64, r: &Latency) -> Value {
+    fn row(&self, session: &Session, starts: &Starts, run: &Measured) -> Value {
+        let Measured { n_threads, limits, latency: r } = run;
+        let (type_k, type_v) = session.cache_types();
         let model = session.model();
         let [norm, form, mask] = model.plan.names();
         let rates = r.rates();
@@ -136,7 +172,10 @@ impl Bench {
             "model_type": model.kind(),
             "model_size": model.n_bytes(),
             "n_params": model.n_params(),
-            "n_threads": session.n_threads(),
+            "n_threads": n_threads.one,
+            "n_threads_batch": n_threads.batch,
+            "type_k": type_k.name(),
+            "type_v": type_v.name(),
             "simd": crate::simd::level().name(),
             "norm": norm,
             "form": form,
@@ -149,7 +188,8 @@ impl Bench {
             "median_ts": median(&rates),
             "samples_ts": rates,
             "ttft_ms": some(&r.first, 1e3 * median(&r.first)),
-            "ttft_cold_ms": open_ms,
+            "ttft_cold_ms": starts.cold.map(|s| 1e3 * s),
+            "ttft_start_ms": 1e3 * starts.warm,
             "p50_ms": some(&r.steps, 1e3 * percentile(&r.steps, 0.5)),
             "p99_ms": some(&r.steps, 1e3 * percentile(&r.steps, 0.99)),
             "bytes_per_token": r.bytes_per_token,
@@ -161,13 +201,7 @@ impl Bench {
         })
     }
 
-    fn table(
-        &self,
-        session: &Session,
-        limits: &Limits,
-        open_ms: f64,
-        results: &[Latency],
-    ) -> Result<()> {
+    fn table(&self, session: &Session, starts: &Starts, runs: &[Measured]) -> Result<()> {
         let model = session.model();
         let mut text = String::from(
             "| model | size | params | threads | test | t/s | ttft ms | p50 ms | p99 ms | GB/s | of limit |\n\
@@ -175,7 +209,7 @@ impl Bench {
         );
         let number =
             |x: Option<f64>, digits: usize| x.map_or("".into(), |x| format!("{x:.digits$}"));
-        for r in results {
+        for Measured { n_threads, limits, latency: r } in runs {
             let (avg, stddev) = mean_and_deviation(&r.rates());
             let some = |list: &[f64], x: f64| (!list.is_empty()).then_some(1e3 * x);
             text += &format!(
@@ -183,7 +217,12 @@ impl Bench {
                 model.kind(),
                 model.n_bytes() as f64 / 1e6,
                 model.n_params() as f64 / 1e6,
-                session.n_threads(),
+                match (r.test.n_prompt, r.test.n_gen) {
+                    (0, _) => n_threads.one.to_string(),
+                    (_, 0) => n_threads.batch.to_string(),
+                    _ if n_threads.one == n_threads.batch => n_threads.one.to_string(),
+                    _ => format!("{}+{}", n_threads.batch, n_threads.one),
+                },
                 r.test.name(),
                 number(some(&r.first, median(&r.first)), 1),
                 number(some(&r.steps, percentile(&r.steps, 0.5)), 2),
@@ -194,16 +233,29 @@ impl Bench {
             );
         }
         print(text.as_bytes())?;
+        let cold = starts
+            .cold
+            .map_or(String::new(), |s| format!(", {:.0} ms with the file not in memory", 1e3 * s));
         let rss =
-            peak_rss().map_or(String::new(), |b| format!(", {:.0} MB resident at most", b / 1e6));
+            peak_rss().map_or(String::new(), |b| format!("; {:.0} MB resident at most", b / 1e6));
         note(&format!(
-            "{}: {open_ms:.0} ms from start to the first token{rss}; limits of {} threads ({}): {:.1} GB/s read, {:.0} GOP/s int8",
+            "{}: {:.0} ms from start to the first token{cold}{rss}",
             self.name(),
-            session.n_threads(),
-            crate::simd::level().name(),
-            limits.read_bytes / 1e9,
-            limits.int8_ops / 1e9,
+            1e3 * starts.warm
         ));
+        let mut told = Vec::new();
+        for Measured { n_threads, limits, .. } in runs {
+            let n = n_threads.most();
+            if !told.contains(&n) {
+                told.push(n);
+                note(&format!(
+                    "limits of {n} threads ({}): {:.1} GB/s read, {:.0} GOP/s int8",
+                    crate::simd::level().name(),
+                    limits.read_bytes / 1e9,
+                    limits.int8_ops / 1e9,
+                ));
+            }
+        }
         Ok(())
     }
 }

@@ -64,7 +64,7 @@ impl Run for Eval {
         let Some(windows) = base.as_ref().map(|b| &b.windows).or(own.as_ref()) else {
             bad_usage!("a text is needed: --file or --base");
         };
-        let mut session = self.run.session_of(model, Some(n_ctx))?;
+        let mut session = self.run.session(model, Some(n_ctx))?;
         let bar = progress(windows.len(), "windows");
         let mut run = |save: Option<&mut Sink>| {
             let mut progress = |n| bar.set_position(n as u64);
@@ -99,7 +99,9 @@ impl Eval {
             "model_filename": self.run.model.name(),
             "model_type": model.kind(),
             "n_params": model.n_params(),
-            "n_threads": session.n_threads(),
+            "n_threads": session.n_threads().one,
+            "type_k": session.cache_types().0.name(),
+            "type_v": session.cache_types().1.name(),
             "build_commit": env!("QKOV_REVISION"),
             "norm": norm,
             "form": form,

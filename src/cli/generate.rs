@@ -50,7 +50,7 @@ impl Run for Generate {
         };
         let start = Instant::now();
         let model = self.run.open()?;
-        let mut session = self.run.session(model.clone())?;
+        let mut session = self.run.session(model.clone(), self.run.ctx)?;
         let tokenizer = &model.tokenizer;
         let mut sampler = Sampler::new(self.sampling.params(tokenizer)?, model.hparams.n_vocab)?;
         let mut tokens = tokenizer.encode(&prompt, true, self.parse_special)?;

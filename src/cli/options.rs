@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use clap::Args;
 use clap::builder::PossibleValuesParser;
-use clap::{Args, ValueEnum};
 
 use super::terminal::note;
 use crate::bad_usage;
-use crate::cpu::CacheType;
+use crate::cpu::threads::default_threads;
+use crate::cpu::{CacheType, Threads};
 use crate::error::{Error, Result};
-use crate::gguf::{Bytes, Gguf};
+use crate::gguf::{Bytes, Gguf, evict};
 use crate::model::Model;
 use crate::session::{Options, Session};
 use crate::simd::{self, Level};
@@ -43,6 +44,15 @@ impl ModelArgs {
         self.model.as_ref().map_or(SHIPPED_NAME.into(), |p| p.to_string_lossy().into_owned())
     }
 
+    /// Has the system forget what it holds of the file in memory.
+    pub(super) fn evict(&self) -> Result<()> {
+        let Some(path) = &self.model else { bad_usage!("--cold: the built-in model has no file") };
+        if Gguf::open(path)?.u32("split.count")?.is_some_and(|n| n > 1) {
+            bad_usage!("--cold: the model is split into several files");
+        }
+        evict(path)
+    }
+
     /// Names the file in an error about its content.
     pub(super) fn at(&self, error: Error) -> Error {
         match &self.model {
@@ -60,9 +70,12 @@ impl ModelArgs {
 pub(super) struct RunArgs {
     #[command(flatten)]
     pub(super) model: ModelArgs,
-    /// Threads [default: one per core]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    /// Threads [default: one per core]; for `bench`, several numbers with commas
+    #[arg(short, long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Vec<u16>,
+    /// Threads that read prompts [default: as --threads]
+    #[arg(long, visible_alias = "tb", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads_batch: Option<u16>,
     /// Leaves threads to the system, instead of one core for each
     #[arg(long)]
     no_pin: bool,
@@ -75,15 +88,20 @@ pub(super) struct RunArgs {
     /// Context in tokens [default: as trained, at most 8192]
     #[arg(short, long, value_name = "N")]
     pub(super) ctx: Option<usize>,
-    /// Format of cached keys and values
-    #[arg(long, value_name = "TYPE", default_value = "f16")]
-    cache: CacheArg,
+    /// Type of cached keys
+    #[arg(long, visible_alias = "ctk", value_name = "TYPE", default_value = "f16", value_parser = cache_types())]
+    cache_type_k: String,
+    /// Type of cached values
+    #[arg(long, visible_alias = "ctv", value_name = "TYPE", default_value = "f16", value_parser = cache_types())]
+    cache_type_v: String,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum CacheArg {
-    F16,
-    F32,
+fn cache_types() -> PossibleValuesParser {
+    PossibleValuesParser::new(CacheType::ALL.map(CacheType::name))
+}
+
+fn cache_type(name: &str) -> CacheType {
+    CacheType::ALL.into_iter().find(|ty| ty.name() == name).unwrap_or(CacheType::F16)
 }
 
 impl RunArgs {
@@ -99,17 +117,34 @@ impl RunArgs {
         !self.no_pin
     }
 
-    /// An empty session with the context that was asked for.
-    pub(super) fn session(&self, model: Arc<Model>) -> Result<Session> {
-        self.session_of(model, self.ctx)
+    /// Numbers of threads, for one session after the other.
+    pub(super) fn threads(&self) -> Vec<Threads> {
+        let batch = |one: usize| self.threads_batch.map_or(one, usize::from);
+        let numbers = self.threads.iter().map(|n| usize::from(*n));
+        let threads: Vec<_> = numbers.map(|one| Threads { one, batch: batch(one) }).collect();
+        let default = default_threads();
+        match threads.is_empty() {
+            true => vec![Threads { one: default, batch: batch(default) }],
+            false => threads,
+        }
     }
 
     /// An empty session with a context of `n_ctx`; warnings go to stderr.
-    pub(super) fn session_of(&self, model: Arc<Model>, n_ctx: Option<usize>) -> Result<Session> {
-        let mut options = Options { n_ctx, ..Options::default() };
-        if let Some(threads) = self.threads {
-            options.n_threads = threads.into();
+    pub(super) fn session(&self, model: Arc<Model>, n_ctx: Option<usize>) -> Result<Session> {
+        match self.threads()[..] {
+            [n_threads] => self.session_with(model, n_ctx, n_threads),
+            _ => bad_usage!("--threads: one number; only `bench` takes several"),
         }
+    }
+
+    /// The same, with other numbers of threads than `--threads` says.
+    pub(super) fn session_with(
+        &self,
+        model: Arc<Model>,
+        n_ctx: Option<usize>,
+        n_threads: Threads,
+    ) -> Result<Session> {
+        let mut options = Options { n_ctx, n_threads, ..Options::default() };
         options.pin = self.pin();
         options.exact = self.exact;
         let name = self.simd.as_deref();
@@ -118,10 +153,7 @@ impl RunArgs {
         {
             bad_usage!("--simd {}: this processor does not have it", level.name());
         }
-        options.cache = match self.cache {
-            CacheArg::F16 => CacheType::F16,
-            CacheArg::F32 => CacheType::F32,
-        };
+        options.cache = (cache_type(&self.cache_type_k), cache_type(&self.cache_type_v));
         let session = Session::new(model, &options)?;
         session.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         Ok(session)

@@ -4,25 +4,17 @@
 use std::ops::Range;
 
 use super::KvCache;
-use super::kernels::{Activations, LANES, Scratch, multiply};
+use super::kernels::{Activations, LANES, Scratch};
 use super::ops::{Rotation, activate, norm_row};
 use super::rows::Rows;
 use super::threads::{Columns, Crew, Team};
 use super::weights::{LayerMatrices, Matrices, Matrix};
-use crate::attention::Attention;
 use crate::error::Result;
 use crate::model::{Layer, Model, NormWeight};
 use crate::simd;
 
 /// Tokens that go through the layers together.
 const N_BATCH: usize = 512;
-/// Query rows that share a pass over the cache, when a prompt is read.
-const QUERY_ROWS: usize = 16;
-/// Keys, and elements of values, of one task when a single token attends.
-const KEYS_PER_TASK: usize = 128;
-const VALUES_PER_TASK: usize = 16;
-/// Keys up to which one token's attention is not split further than by kv heads.
-const SHORT: usize = 256;
 /// Tasks per thread and product that are aimed at, so that nobody waits long for the last.
 const TASKS_PER_THREAD: usize = 4;
 /// Rows of a matrix in one task at least.
@@ -31,6 +23,7 @@ const MIN_ROWS: usize = 32;
 /// Threads, packed weights and buffers for one model.
 pub struct Engine {
     team: Team,
+    n_threads: Threads,
     rotation: Option<Rotation>,
     matrices: Matrices,
     buffers: Buffers,
@@ -38,7 +31,7 @@ pub struct Engine {
 
 /// Everything that a batch of `n` tokens needs between operations.
 #[derive(Default)]
-struct Buffers {
+pub(super) struct Buffers {
     /// The residual stream. `[n, n_embd]`
     x: Vec<f32>,
     /// A normed copy of it. `[n, n_embd]`
@@ -46,48 +39,70 @@ struct Buffers {
     /// What a block adds to it. `[n, n_embd]`
     added: Vec<f32>,
     /// Queries `[n, n_head * key_dim]`, keys and values `[n, n_head_kv * ..]`.
-    q: Vec<f32>,
+    pub(super) q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
     /// Outputs of the heads. `[n, n_head * value_dim]`
-    heads: Rows,
+    pub(super) heads: Rows,
     /// Scores of a single token. `[n_head, n_keys]`
-    scores: Vec<f32>,
+    pub(super) scores: Vec<f32>,
     /// `[n, n_ff]`
     gate: Vec<f32>,
     up: Rows,
     /// Cosines and sines. `[n]`, each `[rope.dim / 2]`
     angles: Vec<Vec<[f32; 2]>>,
     /// One for each thread.
-    threads: Vec<ThreadBuffers>,
+    pub(super) threads: Vec<ThreadBuffers>,
 }
 
 /// What one thread needs to itself.
 #[derive(Default)]
-struct ThreadBuffers {
-    scratch: Scratch,
-    /// Of a block of query rows: queries, scores, outputs.
-    q: Vec<f32>,
-    scores: Vec<f32>,
-    out: Vec<f32>,
+pub(super) struct ThreadBuffers {
+    pub(super) scratch: Scratch,
+    /// Of a block of query rows: queries, scores, scores times the scales of values, outputs.
+    pub(super) q: Rows,
+    pub(super) scores: Vec<f32>,
+    pub(super) scaled: Vec<f32>,
+    pub(super) out: Vec<f32>,
+}
+
+/// Numbers of threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Threads {
+    /// For a token alone.
+    pub one: usize,
+    /// For tokens that are read together.
+    pub batch: usize,
+}
+
+impl Threads {
+    /// The larger number.
+    pub fn most(self) -> usize {
+        self.one.max(self.batch)
+    }
 }
 
 impl Engine {
-    /// Starts `n_threads` threads for `model` and packs its weights. `pin`: each thread stays on a
-    /// core of its own. `exact`: activations are never rounded to 8 bits.
-    pub fn new(model: &Model, n_threads: usize, pin: bool, exact: bool) -> Result<Engine> {
-        let team = Team::new(n_threads, pin)?;
+    /// Starts threads for `model` and packs its weights. `pin`: each thread stays on a core of its
+    /// own. `exact`: activations are never rounded to 8 bits to be multiplied with weights.
+    pub fn new(model: &Model, n_threads: Threads, pin: bool, exact: bool) -> Result<Engine> {
+        let team = Team::new(n_threads.most(), pin)?;
         let rope = model.hparams.rope.as_ref();
         let rotation = rope.map(|r| Rotation::new(r, model.rope_freqs.as_deref()));
         let matrices = Matrices::new(model, &team, exact)?;
         let mut buffers = Buffers::default();
-        buffers.threads.resize_with(n_threads, ThreadBuffers::default);
-        Ok(Engine { team, rotation, matrices, buffers })
+        buffers.threads.resize_with(team.n_threads(), ThreadBuffers::default);
+        Ok(Engine { team, n_threads, rotation, matrices, buffers })
     }
 
-    /// Number of threads.
-    pub fn n_threads(&self) -> usize {
-        self.team.n_threads()
+    /// Numbers of threads.
+    pub fn n_threads(&self) -> Threads {
+        self.n_threads
+    }
+
+    /// Uses other numbers of threads, at most as many as were started.
+    pub fn set_threads(&mut self, n_threads: Threads) {
+        self.n_threads = n_threads;
     }
 
     /// Bytes of weights that a token reads.
@@ -110,8 +125,9 @@ impl Engine {
         wanted: Range<usize>,
         logits: &mut Vec<f32>,
     ) {
-        let Engine { team, rotation, matrices, buffers } = self;
-        team.enter(team.n_threads(), |crew| {
+        let Engine { team, n_threads, rotation, matrices, buffers } = self;
+        let n = if tokens.len() == 1 { n_threads.one } else { n_threads.batch };
+        team.enter(n, |crew| {
             for (i, batch) in tokens.chunks(N_BATCH).enumerate() {
                 let start = i * N_BATCH;
                 let part = |at: usize| at.clamp(start, start + batch.len()) - start;
@@ -125,9 +141,9 @@ impl Engine {
 }
 
 /// What stays the same during the pass of one batch.
-struct Pass<'a> {
-    crew: &'a Crew,
-    model: &'a Model,
+pub(super) struct Pass<'a> {
+    pub(super) crew: &'a Crew,
+    pub(super) model: &'a Model,
     rotation: Option<&'a Rotation>,
     matrices: &'a Matrices,
     /// Position of the batch's first token.
@@ -206,13 +222,8 @@ impl Buffers {
                 self.normed.finish(pass.crew, true, |_, _| {});
             }
         }
-        let attention = &pass.model.attention[i];
         self.heads.resize(rest.len(), w.attn_output.n_in);
-        let position = pass.n_past + rest.start;
-        match rest.len() == 1 && attention.visible(position).len() > SHORT {
-            true => self.attend_one(pass, attention, i, cache, position),
-            false => self.attend(pass, attention, i, cache, position),
-        }
+        self.attend(pass, i, cache, pass.n_past + rest.start);
         self.heads.finish(pass.crew, w.attn_output.integer, |_, _| {});
         self.add_product(pass, &w.attn_output, Source::Heads, layer.post_attention_norm.as_ref());
         if let Some(weight) = &layer.ffn_norm {
@@ -274,133 +285,6 @@ impl Buffers {
         pass.crew.chunks(&mut self.k, width, |_, t, row| {
             for x in row.chunks_exact_mut(hp.key_dim) {
                 head(t, norms.map(|n| &n.1), x);
-            }
-        });
-    }
-
-    /// Attention of one token: over tasks of keys, then of heads, then of values.
-    fn attend_one(
-        &mut self,
-        pass: &Pass,
-        attention: &Attention,
-        i: usize,
-        cache: &KvCache,
-        position: usize,
-    ) {
-        let g = attention.geometry;
-        let per_kv = g.n_head / g.n_head_kv;
-        let visible = attention.visible(position);
-        // Whole panels of keys.
-        let first = visible.start / LANES * LANES;
-        let n_keys = visible.end - first;
-        let width = n_keys.next_multiple_of(LANES);
-        let Buffers { q, heads, scores, threads, .. } = self;
-        scores.resize(g.n_head * width, 0.0);
-
-        let n_tasks = n_keys.div_ceil(KEYS_PER_TASK);
-        let out = Columns::new(&mut scores[..], width);
-        pass.crew.each_with(threads, g.n_head_kv * n_tasks, |own, task| {
-            let (head, start) = (task / n_tasks, task % n_tasks * KEYS_PER_TASK);
-            let n = KEYS_PER_TASK.min(n_keys - start);
-            let queries = Activations {
-                n: per_kv,
-                stride: g.score_dim,
-                floats: &q[head * per_kv * g.score_dim..],
-                ..Activations::default()
-            };
-            let keys = cache.keys(i, head, first + start, n);
-            // SAFETY: tasks have keys of their own.
-            unsafe {
-                multiply(&keys, &queries, &mut own.scratch, out.skip(head * per_kv), start);
-            }
-        });
-        let seen = visible.start - first..n_keys;
-        pass.crew.chunks(scores, width, |_, head, row| {
-            attention.weigh(position, head, &mut row[seen.clone()]);
-        });
-        let n_tasks = g.value_dim.div_ceil(VALUES_PER_TASK);
-        let out = Columns::new(&mut heads.floats[..], g.value_dim);
-        pass.crew.each_with(threads, g.n_head_kv * n_tasks, |own, task| {
-            let (head, start) = (task / n_tasks, task % n_tasks * VALUES_PER_TASK);
-            let n = VALUES_PER_TASK.min(g.value_dim - start);
-            let weights = Activations {
-                n: per_kv,
-                stride: width,
-                floats: &scores[head * per_kv * width + seen.start..],
-                ..Activations::default()
-            };
-            let values = cache.values(i, head, (start, n), (visible.start, seen.len()));
-            // SAFETY: tasks have elements of their own.
-            unsafe {
-                multiply(&values, &weights, &mut own.scratch, out.skip(head * per_kv), start);
-            }
-        });
-    }
-
-    /// Attention of several tokens: a task is a block of them at one kv head.
-    fn attend(
-        &mut self,
-        pass: &Pass,
-        attention: &Attention,
-        i: usize,
-        cache: &KvCache,
-        n_past: usize,
-    ) {
-        let g = attention.geometry;
-        let per_kv = g.n_head / g.n_head_kv;
-        let (q_width, out_width) = (g.n_head * g.score_dim, g.n_head * g.value_dim);
-        let n = self.q.len() / q_width;
-        let n_block = (QUERY_ROWS / per_kv).max(1);
-        let n_blocks = n.div_ceil(n_block);
-        let Buffers { q, heads, threads, .. } = self;
-        let heads = Columns::new(&mut heads.floats[..], out_width);
-        // The longest rows first, so that no thread ends with one.
-        pass.crew.each_with(threads, g.n_head_kv * n_blocks, |own, task| {
-            let (head, block) = (task % g.n_head_kv, n_blocks - 1 - task / g.n_head_kv);
-            let tokens = block * n_block..n.min((block + 1) * n_block);
-            let n_rows = tokens.len() * per_kv;
-            own.q.clear();
-            for t in tokens.clone() {
-                let at = t * q_width + head * per_kv * g.score_dim;
-                own.q.extend_from_slice(&q[at..at + per_kv * g.score_dim]);
-            }
-            let range = |t: usize| attention.visible(n_past + t);
-            let first = tokens.clone().map(|t| range(t).start).min().unwrap_or(0) / LANES * LANES;
-            let end = tokens.clone().map(|t| range(t).end).max().unwrap_or(0);
-            let width = (end - first).next_multiple_of(LANES);
-            own.scores.resize(n_rows * width, 0.0);
-            own.out.resize(n_rows * g.value_dim, 0.0);
-            let rows = |floats, stride| Activations {
-                n: n_rows,
-                stride,
-                floats,
-                ..Activations::default()
-            };
-
-            let keys = cache.keys(i, head, first, end - first);
-            let out = Columns::new(&mut own.scores[..], width);
-            // SAFETY: the output is this thread's own.
-            unsafe {
-                multiply(&keys, &rows(&own.q, g.score_dim), &mut own.scratch, out, 0);
-            }
-            for (r, row) in own.scores.chunks_exact_mut(width).enumerate() {
-                let (t, h) = (tokens.start + r / per_kv, head * per_kv + r % per_kv);
-                let seen = range(t);
-                row[..seen.start - first].fill(0.0);
-                attention.weigh(n_past + t, h, &mut row[seen.start - first..seen.end - first]);
-                row[seen.end - first..].fill(0.0);
-            }
-            let values = cache.values(i, head, (0, g.value_dim), (first, end - first));
-            let out = Columns::new(&mut own.out[..], g.value_dim);
-            // SAFETY: the output is this thread's own.
-            unsafe {
-                multiply(&values, &rows(&own.scores, width), &mut own.scratch, out, 0);
-            }
-            for (i, t) in tokens.enumerate() {
-                let at = head * per_kv * g.value_dim;
-                let n = per_kv * g.value_dim;
-                // SAFETY: tasks have heads and tokens of their own.
-                unsafe { heads.part(t, at, n) }.copy_from_slice(&own.out[i * n..(i + 1) * n]);
             }
         });
     }

@@ -3,6 +3,7 @@
 //! A result has the same bits with any number of threads and however tokens are fed: together or
 //! one by one. It differs in the last bits between instruction sets ([`crate::simd::Level`]).
 
+mod attend;
 mod cache;
 mod forward;
 pub mod kernels;
@@ -13,5 +14,5 @@ pub mod threads;
 mod weights;
 
 pub use cache::{CacheType, KvCache};
-pub use forward::Engine;
+pub use forward::{Engine, Threads};
 pub use limits::Limits;

@@ -30,6 +30,20 @@ impl Rows {
         self.floats.resize(n * width, 0.0);
     }
 
+    /// Takes `n` rows of `width` from `fill`, and fills the quantized copies.
+    pub(super) fn fill(
+        &mut self,
+        n: usize,
+        width: usize,
+        integer: bool,
+        fill: impl FnOnce(&mut [f32]),
+    ) {
+        self.resize(n, width);
+        fill(&mut self.floats);
+        // SAFETY: nobody else knows the parts.
+        unsafe { self.parts(integer).quantize(0..n, 0, width) };
+    }
+
     /// Fills the quantized copies, after `prepare` has been called for every row of floats.
     pub(super) fn finish(
         &mut self,

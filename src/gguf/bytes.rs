@@ -56,6 +56,24 @@ impl Bytes {
     }
 }
 
+/// Has the system forget what it holds of a file in memory, so that it is read from the disk.
+#[cfg(target_os = "linux")]
+pub fn evict(path: &Path) -> Result<()> {
+    let forget = || -> std::io::Result<()> {
+        let file = File::open(path)?;
+        // Pages that are not yet on the disk could not be dropped.
+        file.sync_all()?;
+        Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)
+    };
+    forget().map_err(|e| Error::File(io_text(&e)).at(path))
+}
+
+/// Has the system forget what it holds of a file in memory: only Linux can.
+#[cfg(not(target_os = "linux"))]
+pub fn evict(_: &Path) -> Result<()> {
+    crate::bad_usage!("this system cannot be told to forget a file")
+}
+
 impl Deref for Bytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {

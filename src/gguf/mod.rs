@@ -10,7 +10,7 @@ mod split;
 mod value;
 mod write;
 
-pub use bytes::Bytes;
+pub use bytes::{Bytes, evict};
 pub use read::{Gguf, Tensor};
 pub use value::{Array, Value, ValueType};
 pub use write::{Data, Sink, Source, Writer, replace_file};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::bad_usage;
 use crate::cpu::threads::default_threads;
-use crate::cpu::{CacheType, Engine, KvCache};
+use crate::cpu::{CacheType, Engine, KvCache, Threads};
 use crate::error::Result;
 use crate::model::Model;
 
@@ -23,23 +23,24 @@ pub struct Options {
     /// Context in tokens; `None`: what the model was trained for, at most 8192.
     pub n_ctx: Option<usize>,
     /// Threads that compute.
-    pub n_threads: usize,
+    pub n_threads: Threads,
     /// Whether each of them stays on a core of its own.
     pub pin: bool,
     /// Whether activations stay `f32` where they would be rounded to 8 bits; slow.
     pub exact: bool,
-    /// The format of cached keys and values.
-    pub cache: CacheType,
+    /// Types of cached keys and values.
+    pub cache: (CacheType, CacheType),
 }
 
 impl Default for Options {
     fn default() -> Options {
+        let n = default_threads();
         Options {
             n_ctx: None,
-            n_threads: default_threads(),
+            n_threads: Threads { one: n, batch: n },
             pin: true,
             exact: false,
-            cache: CacheType::F16,
+            cache: (CacheType::F16, CacheType::F16),
         }
     }
 }
@@ -88,8 +89,18 @@ impl Session {
     }
 
     /// Threads that compute.
-    pub fn n_threads(&self) -> usize {
+    pub fn n_threads(&self) -> Threads {
         self.engine.n_threads()
+    }
+
+    /// Computes with other numbers of threads, at most as many as the session began with.
+    pub fn set_threads(&mut self, n_threads: Threads) {
+        self.engine.set_threads(n_threads);
+    }
+
+    /// Types of cached keys and values.
+    pub fn cache_types(&self) -> (CacheType, CacheType) {
+        self.cache.types()
     }
 
     /// Size of the cache in bytes.

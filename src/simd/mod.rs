@@ -274,6 +274,20 @@ per_level! {
 }
 
 per_level! {
+    /// `out = a * b`, where `b` are finite half-precision numbers as bytes.
+    pub fn multiply_halves(out: &mut [f32], a: &[f32], b: &[u8]) {
+        // Moved to where a float has its exponent, and freed of the difference of the biases.
+        const BIASES: f32 = f32::from_bits((127 + 127 - 15) << 23);
+        let b = b.as_chunks::<2>().0;
+        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+            let bits = u32::from(u16::from_le_bytes(*b));
+            let size = f32::from_bits((bits & 0x7FFF) << 13) * BIASES;
+            *out = a * f32::from_bits(size.to_bits() | (bits & 0x8000) << 16);
+        }
+    }
+}
+
+per_level! {
     /// All words xored; a way to read memory and do little else.
     pub fn xor(bytes: &[u8]) -> u64 {
         let mut lanes = [0u64; 16];
@@ -382,6 +396,15 @@ mod tests {
             let x = i as f32 * 1e-4;
             let exact = f64::from(x).tanh();
             assert!((f64::from(tanh1(x)) - exact).abs() < 4e-7, "{x}: {} {exact}", tanh1(x));
+        }
+    }
+
+    #[test]
+    fn halves_are_exact() {
+        for bits in (0..=u16::MAX).filter(|b| half::f16::from_bits(*b).is_finite()) {
+            let mut out = [0.0];
+            multiply_halves(&mut out, &[3.0], &bits.to_le_bytes());
+            assert_eq!(out[0], 3.0 * half::f16::from_bits(bits).to_f32());
         }
     }
 

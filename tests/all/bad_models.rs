@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use qkov::arch::{ARCHS, Hparams};
+use qkov::cpu::Threads;
 use qkov::error::Result;
 use qkov::gguf::{Gguf, Value, ValueType};
 use qkov::model::Model;
@@ -331,7 +332,7 @@ fn special_ids_outside_the_vocabulary() {
 
 fn logits(bytes: Vec<u8>) -> Vec<f32> {
     let model = Arc::new(model(bytes).unwrap());
-    let options = Options { n_threads: 1, ..Options::default() };
+    let options = Options { n_threads: Threads { one: 1, batch: 1 }, ..Options::default() };
     let mut session = Session::new(model, &options).unwrap();
     session.feed(&[72, 105, 10, EOS, 0]).unwrap();
     let logits = session.logits().to_vec();

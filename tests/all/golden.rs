@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qkov::arch::ARCHS;
-use qkov::cpu::CacheType;
+use qkov::cpu::{CacheType, Threads};
 use qkov::model::Model;
 use qkov::session::{Options, Session};
 
@@ -56,13 +56,16 @@ fn goldens() -> Vec<Golden> {
 
 impl Golden {
     fn session(&self, cache: CacheType, n_threads: usize) -> Session {
-        let options = Options { n_threads, cache, ..Options::default() };
+        let n_threads = Threads { one: n_threads, batch: n_threads };
+        let options = Options { n_threads, cache: (cache, cache), ..Options::default() };
         Session::new(self.model.clone(), &options).unwrap()
     }
 
     /// One whose activations are never rounded.
     fn exact(&self, cache: CacheType) -> Session {
-        let options = Options { n_threads: 2, cache, exact: true, ..Options::default() };
+        let n_threads = Threads { one: 2, batch: 2 };
+        let options =
+            Options { n_threads, cache: (cache, cache), exact: true, ..Options::default() };
         Session::new(self.model.clone(), &options).unwrap()
     }
 

@@ -6,6 +6,7 @@
 mod allocations;
 mod bad_files;
 mod bad_models;
+mod cache;
 mod cli;
 mod golden;
 mod layers;

@@ -17,6 +17,7 @@ use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::token::LlamaToken;
+use qkov::cpu::Threads;
 use qkov::measure::latency::median;
 use qkov::measure::shape;
 use qkov::model::Model;
@@ -145,7 +146,7 @@ fn main() -> Result<()> {
     nix::sched::sched_setaffinity(this, &all)?;
     let model = Arc::new(Model::open(&path)?);
     let n_vocab = model.hparams.n_vocab as u64;
-    let options = Options { n_ctx: Some(n_ctx), n_threads: args.threads, ..Options::default() };
+    let options = Options { n_ctx: Some(n_ctx), n_threads: Threads { one: args.threads, batch: args.threads }, ..Options::default() };
     let mut ours = Ours(Session::new(model, &options)?);
 
     nix::sched::sched_setaffinity(this, &bound)?;

@@ -56,7 +56,7 @@ impl Run for Chat {
 
     fn run(self) -> Result<()> {
         let model = self.run.open()?;
-        let session = self.run.session(model.clone())?;
+        let session = self.run.session(model.clone(), self.run.ctx)?;
         let template = self.template.as_deref().map(|path| read_text(Some(path))).transpose()?;
         let params = self.sampling.params(&model.tokenizer)?;
         let chat = chat::Chat::new(session, template.as_deref(), params)?;
@@ -325,7 +325,7 @@ impl Talk {
             session.tokens().len(),
             session.n_ctx(),
             session.cache_bytes() as f64 / 1e6,
-            session.n_threads(),
+            session.n_threads().one,
         ));
         self.times()
     }

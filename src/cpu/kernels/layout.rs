@@ -13,7 +13,7 @@ use crate::quant::Format;
 
 /// A packed layout, one for a tensor format.
 pub struct Layout {
-    /// The tensor format, by its name.
+    /// The tensor format, by its name; `I8` and `I4` are whole numbers whose scales are elsewhere.
     pub name: &'static str,
     /// Elements of a row in one block.
     pub block_len: usize,
@@ -41,6 +41,8 @@ pub static LAYOUTS: &[Layout] = &[
     Layout { name: "Q5_K", block_len: 256, row_bytes: 180, integer: true, pack: q5_k },
     Layout { name: "Q6_K", block_len: 256, row_bytes: 210, integer: true, pack: q6_k },
     Layout { name: "IQ4_XS", block_len: 256, row_bytes: 138, integer: true, pack: iq4_xs },
+    Layout { name: "I8", block_len: 1, row_bytes: 1, integer: false, pack: bytes },
+    Layout { name: "I4", block_len: 2, row_bytes: 1, integer: false, pack: i4 },
 ];
 
 /// The layout of a format: its place in [`LAYOUTS`]. Other formats are read where they lie.
@@ -119,6 +121,21 @@ fn words(rows: &[&[u8]; LANES], out: &mut [u8]) {
 
 fn halves(rows: &[&[u8]; LANES], out: &mut [u8]) {
     blocks::<2>(rows, out, |rows, to| to.bytes(|r| *rows[r]));
+}
+
+fn bytes(rows: &[&[u8]; LANES], out: &mut [u8]) {
+    blocks::<1>(rows, out, |rows, to| to.bytes(|r| *rows[r]));
+}
+
+/// Two elements in a byte, low half first; then, for each element, rows `r` and `r + 4` in a byte.
+fn i4(rows: &[&[u8]; LANES], out: &mut [u8]) {
+    blocks::<1>(rows, out, |rows, to| {
+        to.bytes(|r| {
+            let (row, shift) = (r % 4, r / 4 * 4);
+            let four = |r: usize| rows[r][0] >> shift & 15;
+            [four(row) | four(row + 4) << 4]
+        });
+    });
 }
 
 /// A half-precision scale, then quants that already lie in the order of the layout.

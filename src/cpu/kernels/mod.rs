@@ -14,7 +14,6 @@ mod x86;
 pub use layout::{LAYOUTS, layout_of};
 
 use super::threads::Columns;
-use crate::quant::Format;
 use crate::simd::{self, Level};
 
 /// Rows that a panel interleaves.
@@ -76,15 +75,14 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// Packs rows of `n_in` elements as they lie in a file; `None` if the format has no layout.
-    pub fn new(format: &Format, n_in: usize, rows: &[Vec<u8>]) -> Option<Packed> {
-        let layout = layout_of(format)?;
+    /// Packs rows of `n_in` elements as they lie in a file, for a layout: its index.
+    pub fn new(layout: usize, n_in: usize, rows: &[Vec<u8>]) -> Packed {
         let stride = LAYOUTS[layout].panel_bytes(n_in);
         let mut bytes = vec![0; stride * rows.len().div_ceil(LANES)];
         for (panel, rows) in bytes.chunks_exact_mut(stride).zip(rows.chunks(LANES)) {
             LAYOUTS[layout].pack_panel(rows.iter().map(|r| &r[..]), panel);
         }
-        Some(Packed { layout, bytes, n_in, n_rows: rows.len() })
+        Packed { layout, bytes, n_in, n_rows: rows.len() }
     }
 
     /// The panels.
@@ -188,6 +186,7 @@ pub fn products_in_registers(rounds: usize) {
 
 #[cfg(test)]
 mod tests {
+    use super::layout::Layout;
     use super::*;
     use crate::quant::format_named;
 
@@ -260,27 +259,61 @@ mod tests {
         out
     }
 
+    /// A row as it lies in a file, or, of layouts that no file has, as `pack_panel` takes it.
+    fn random_row(layout: &Layout, k: usize, seed: &mut u64) -> Vec<u8> {
+        match layout.name {
+            "I8" | "I4" => format_named("F32")
+                .unwrap()
+                .random_row(k / layout.block_len, seed)
+                .chunks(4)
+                .map(|x| x[0] ^ x[2])
+                .collect(),
+            name => format_named(name).unwrap().random_row(k, seed),
+        }
+    }
+
+    fn elements(layout: &Layout, row: &[u8], k: usize) -> Vec<f32> {
+        let mut w = vec![0.0; k];
+        for (i, w) in w.iter_mut().enumerate() {
+            match layout.name {
+                "I8" => *w = f32::from(row[i] as i8),
+                "I4" => *w = f32::from((row[i / 2] >> (i % 2 * 4) & 15) as i8 - 8),
+                _ => {}
+            }
+        }
+        if let Some(format) = format_named(layout.name) {
+            format.dequantize(row, &mut w);
+        }
+        w
+    }
+
+    /// Every level that this processor has.
+    fn levels() -> Vec<Level> {
+        let levels: Vec<_> = Level::ALL.into_iter().filter(|l| l.is_available()).collect();
+        println!("{levels:?}");
+        levels
+    }
+
     /// Every layout on every level against the sum of products of what the format stores.
     #[test]
     fn products_are_sums_of_products() {
-        let mut seed = 1u64;
-        for layout in LAYOUTS {
-            let format = format_named(layout.name).unwrap();
+        let (mut seed, levels) = (1u64, levels());
+        for (index, layout) in LAYOUTS.iter().enumerate() {
             let widths: &[usize] = match layout.block_len {
                 1 => &[1, 2, 7, 64, 172],
+                2 => &[2, 8, 66],
                 32 => &[32, 64, 160],
                 _ => &[256, 768],
             };
             for (k, n_rows) in widths.iter().flat_map(|k| [1, 7, 8, 9, 40].map(|n| (*k, n))) {
-                let rows: Vec<_> = (0..n_rows).map(|_| format.random_row(k, &mut seed)).collect();
-                let packed = Packed::new(format, k, &rows).unwrap();
+                let rows: Vec<_> = (0..n_rows).map(|_| random_row(layout, k, &mut seed)).collect();
+                let packed = Packed::new(index, k, &rows);
                 let panels = packed.panels();
                 let x = input(random(9 * k, &mut seed), k);
-                for level in Level::ALL.into_iter().filter(|l| l.is_available()) {
+                for &level in &levels {
                     let got = run(level, &panels, &x);
                     for (t, r) in (0..x.n).flat_map(|t| (0..n_rows).map(move |r| (t, r))) {
-                        let mut w = vec![0.0; k];
-                        format.dequantize(&rows[r], &mut w);
+                        let w = elements(layout, &rows[r], k);
                         let x = |i: usize| match layout.integer {
                             true => x.rounded(t, i, k),
                             false => f64::from(x.floats[t * k + i]),
@@ -304,14 +337,13 @@ mod tests {
     /// A token's results do not depend on what is computed beside them.
     #[test]
     fn batches_do_not_change_bits() {
-        let mut seed = 2u64;
-        for layout in LAYOUTS {
-            let format = format_named(layout.name).unwrap();
+        let (mut seed, levels) = (2u64, levels());
+        for (index, layout) in LAYOUTS.iter().enumerate() {
             let (k, n_rows) = (512, 37);
-            let rows: Vec<_> = (0..n_rows).map(|_| format.random_row(k, &mut seed)).collect();
-            let packed = Packed::new(format, k, &rows).unwrap();
+            let rows: Vec<_> = (0..n_rows).map(|_| random_row(layout, k, &mut seed)).collect();
+            let packed = Packed::new(index, k, &rows);
             let panels = packed.panels();
-            for level in Level::ALL.into_iter().filter(|l| l.is_available()) {
+            for &level in &levels {
                 for n in 2..12 {
                     let x = input(random(n * k, &mut seed), k);
                     let all = run(level, &panels, &x);

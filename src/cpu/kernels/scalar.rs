@@ -5,10 +5,10 @@ use half::{bf16, f16};
 use super::super::threads::Columns;
 use super::{Activations, LANES, LAYOUTS, Multiply, Panels, Scratch};
 
-pub(super) static TABLE: [Multiply; 14] = [
-    floats::<4>,
-    floats::<2>,
-    floats::<2>,
+pub(super) static TABLE: [Multiply; LAYOUTS.len()] = [
+    floats,
+    floats,
+    floats,
     integers::<32>,
     integers::<32>,
     integers::<32>,
@@ -20,32 +20,28 @@ pub(super) static TABLE: [Multiply; 14] = [
     integers::<32>,
     integers::<16>,
     integers::<32>,
+    floats,
+    floats,
 ];
 
 /// One vector: a number for each row.
 type Lanes = [f32; LANES];
 
-unsafe fn floats<const BYTES: usize>(
-    w: &Panels,
-    x: &Activations,
-    _: &mut Scratch,
-    out: Columns<f32>,
-    start: usize,
-) {
-    let half: fn([u8; 2]) -> f32 = match LAYOUTS[w.layout].name {
-        "F16" => |b| f16::from_le_bytes(b).to_f32(),
-        _ => |b| bf16::from_le_bytes(b).to_f32(),
-    };
+unsafe fn floats(w: &Panels, x: &Activations, _: &mut Scratch, out: Columns<f32>, start: usize) {
+    let layout = &LAYOUTS[w.layout];
+    let n_bytes = layout.panel_bytes(layout.block_len) / layout.block_len;
     let mut panel = vec![[0.0f32; LANES]; w.n_in];
     for p in 0..w.n_rows.div_ceil(LANES) {
         let bytes = &w.bytes[p * w.stride..];
-        for (to, from) in panel.iter_mut().zip(bytes.chunks_exact(BYTES * LANES)) {
-            for (to, b) in to.iter_mut().zip(from.chunks_exact(BYTES)) {
-                *to = match BYTES {
-                    4 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-                    _ => half([b[0], b[1]]),
-                };
-            }
+        for (to, b) in panel.iter_mut().zip(bytes.chunks_exact(n_bytes)) {
+            let two = |r: usize| [b[2 * r], b[2 * r + 1]];
+            *to = each(|r| match layout.name {
+                "F32" => f32::from_le_bytes([b[4 * r], b[4 * r + 1], b[4 * r + 2], b[4 * r + 3]]),
+                "F16" => f16::from_le_bytes(two(r)).to_f32(),
+                "BF16" => bf16::from_le_bytes(two(r)).to_f32(),
+                "I8" => f32::from(b[r] as i8),
+                _ => f32::from((b[r % 4] >> (r / 4 * 4) & 15) as i8 - 8),
+            });
         }
         for t in 0..x.n {
             let x = &x.floats[t * x.stride..];

@@ -19,6 +19,8 @@ pub(super) trait Floats {
 pub(super) struct F32;
 pub(super) struct F16;
 pub(super) struct Bf16;
+pub(super) struct I8;
+pub(super) struct I4;
 
 impl Floats for F32 {
     const BYTES: usize = 32;
@@ -61,6 +63,41 @@ impl Floats for Bf16 {
         unsafe {
             let wide = _mm512_cvtepu16_epi32(two_halves(a, b));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+}
+
+impl Floats for I8 {
+    const BYTES: usize = 8;
+    #[inline(always)]
+    unsafe fn load(at: *const u8) -> __m256 {
+        unsafe { signed_bytes(at) }
+    }
+    #[inline(always)]
+    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512 {
+        unsafe {
+            let both = _mm_unpacklo_epi64(_mm_loadl_epi64(a.cast()), _mm_loadl_epi64(b.cast()));
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(both))
+        }
+    }
+}
+
+impl Floats for I4 {
+    const BYTES: usize = 4;
+    #[inline(always)]
+    unsafe fn load(at: *const u8) -> __m256 {
+        unsafe {
+            let all = _mm256_set1_epi32(at.cast::<i32>().read_unaligned());
+            let places = _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28);
+            let four = _mm256_and_si256(_mm256_srlv_epi32(all, places), _mm256_set1_epi32(15));
+            _mm256_cvtepi32_ps(_mm256_sub_epi32(four, _mm256_set1_epi32(8)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512 {
+        unsafe {
+            let low = _mm512_castpd256_pd512(_mm256_castps_pd(Self::load(a)));
+            _mm512_castpd_ps(_mm512_insertf64x4::<1>(low, _mm256_castps_pd(Self::load(b))))
         }
     }
 }

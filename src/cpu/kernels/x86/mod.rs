@@ -16,7 +16,7 @@ use self::formats::*;
 use self::vnni::{Avx512, AvxVnni};
 
 use super::super::threads::Columns;
-use super::{Activations, LANES, Multiply, Panels, Scratch, TILE};
+use super::{Activations, LANES, LAYOUTS, Multiply, Panels, Scratch, TILE};
 use crate::simd::Level;
 
 /// The functions of a level, in the order of the layouts.
@@ -37,13 +37,15 @@ macro_rules! table {
             $integers::<Q5K>,
             $integers::<Q6K>,
             $integers::<Iq4Xs>,
+            $floats::<I8>,
+            $floats::<I4>,
         ]
     };
 }
 
-static AVX2: [Multiply; 14] = table!(floats_avx2, integers_avx2);
-static AVX_VNNI: [Multiply; 14] = table!(floats_avx2, integers_avx_vnni);
-static AVX512: [Multiply; 14] = table!(floats_avx512, integers_avx512);
+static AVX2: [Multiply; LAYOUTS.len()] = table!(floats_avx2, integers_avx2);
+static AVX_VNNI: [Multiply; LAYOUTS.len()] = table!(floats_avx2, integers_avx_vnni);
+static AVX512: [Multiply; LAYOUTS.len()] = table!(floats_avx512, integers_avx512);
 
 /// The functions of a level, if it is one of x86-64.
 pub(super) fn table(level: Level) -> Option<&'static [Multiply]> {

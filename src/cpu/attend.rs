@@ -1,0 +1,214 @@
+//! Attention over the cache: products of queries with keys, and of weights with values.
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use super::KvCache;
+use super::cache::GROUP;
+use super::forward::{Buffers, Pass, ThreadBuffers};
+use super::kernels::{Activations, LANES, Scratch, multiply};
+use super::threads::Columns;
+use crate::attention::Attention;
+use crate::simd;
+
+/// Query rows that share a pass over the cache, when a prompt is read.
+const QUERY_ROWS: usize = 16;
+/// Keys, and elements of values, of one task when a single token attends.
+const KEYS_PER_TASK: usize = 128;
+const VALUES_PER_TASK: usize = 16;
+/// Keys up to which one token's attention is not split further than by kv heads.
+const SHORT: usize = 256;
+
+/// The cache of one kv head.
+#[derive(Clone, Copy)]
+struct Head<'a> {
+    cache: &'a KvCache,
+    layer: usize,
+    head: usize,
+}
+
+impl Head<'_> {
+    /// Scores of queries with `n` keys from `start` on, into `out[..][at..]`.
+    ///
+    /// # Safety
+    /// Nobody else uses those parts of `out` meanwhile.
+    unsafe fn score(
+        self,
+        scratch: &mut Scratch,
+        queries: &Activations,
+        (start, n): (usize, usize),
+        out: Columns<f32>,
+        at: usize,
+    ) {
+        let keys = self.cache.keys(self.layer, self.head, start, n);
+        // SAFETY: the caller's promise.
+        unsafe { multiply(&keys, queries, scratch, out, at) };
+    }
+
+    /// Mixes `elements` of the values at `n` positions from `start` on into `out[..][elements]`.
+    /// Weights have room for as many positions as are multiples of [`LANES`], zeros after the last.
+    ///
+    /// # Safety
+    /// Nobody else uses those parts of `out` meanwhile.
+    unsafe fn mix(
+        self,
+        (scratch, scaled): (&mut Scratch, &mut Vec<f32>),
+        weights: &Activations,
+        (start, n): (usize, usize),
+        elements: Range<usize>,
+        out: Columns<f32>,
+    ) {
+        let Head { cache, layer, head } = self;
+        if !cache.types().1.is_rounded() {
+            let values = cache.values(layer, head, (elements.start, elements.len()), (start, n));
+            // SAFETY: the caller's promise.
+            unsafe { multiply(&values, weights, scratch, out, elements.start) };
+            return;
+        }
+        let width = n.next_multiple_of(LANES);
+        for row in elements.step_by(GROUP) {
+            let Some(scales) = cache.value_scales(layer, head, row, (start, width)) else { return };
+            scaled.resize(weights.n * width, 0.0);
+            for (t, scaled) in scaled.chunks_exact_mut(width).enumerate() {
+                simd::multiply_halves(scaled, &weights.floats[t * weights.stride..], scales);
+            }
+            let weights = Activations { floats: scaled, stride: width, ..*weights };
+            let values = cache.values(layer, head, (row, GROUP), (start, n));
+            // SAFETY: the caller's promise.
+            unsafe { multiply(&values, &weights, scratch, out, row) };
+        }
+    }
+}
+
+fn rows(n: usize, floats: &[f32], stride: usize) -> Activations<'_> {
+    Activations { n, stride, floats, ..Activations::default() }
+}
+
+impl Buffers {
+    /// Attention of the tokens in `q`, the first of which is at `position`, into `heads`.
+    pub(super) fn attend(&mut self, pass: &Pass, layer: usize, cache: &KvCache, position: usize) {
+        let attention = &pass.model.attention[layer];
+        let g = attention.geometry;
+        let alone = self.q.len() == g.n_head * g.score_dim;
+        match alone && attention.visible(position).len() > SHORT {
+            true => self.attend_one(pass, attention, (cache, layer), position),
+            false => self.attend_blocks(pass, attention, (cache, layer), position),
+        }
+    }
+
+    /// Attention of one token: over tasks of keys, then of heads, then of values.
+    fn attend_one(
+        &mut self,
+        pass: &Pass,
+        attention: &Attention,
+        (cache, layer): (&KvCache, usize),
+        position: usize,
+    ) {
+        let g = attention.geometry;
+        let per_kv = g.n_head / g.n_head_kv;
+        let visible = attention.visible(position);
+        // Whole panels of keys.
+        let first = visible.start / LANES * LANES;
+        let n_keys = visible.end - first;
+        let width = n_keys.next_multiple_of(LANES);
+        let integer = cache.types().0.is_rounded();
+        let Buffers { q, heads, scores, threads, .. } = self;
+        scores.resize(g.n_head * width, 0.0);
+
+        let n_tasks = n_keys.div_ceil(KEYS_PER_TASK);
+        let out = Columns::new(&mut scores[..], width);
+        pass.crew.each_with(threads, g.n_head_kv * n_tasks, |own, task| {
+            let (head, start) = (task / n_tasks, task % n_tasks * KEYS_PER_TASK);
+            let n = KEYS_PER_TASK.min(n_keys - start);
+            let of_head = head * per_kv * g.score_dim..(head + 1) * per_kv * g.score_dim;
+            own.q.fill(per_kv, g.score_dim, integer, |floats| floats.copy_from_slice(&q[of_head]));
+            // SAFETY: tasks have keys of their own.
+            unsafe {
+                let out = out.skip(head * per_kv);
+                let head = Head { cache, layer, head };
+                head.score(&mut own.scratch, &own.q.view(), (first + start, n), out, start);
+            }
+        });
+        let seen = visible.start - first..n_keys;
+        pass.crew.chunks(scores, width, |_, head, row| {
+            row[..seen.start].fill(0.0);
+            attention.weigh(position, head, &mut row[seen.clone()]);
+            row[seen.end..].fill(0.0);
+        });
+        let per_task = if cache.types().1.is_rounded() { GROUP } else { VALUES_PER_TASK };
+        let n_tasks = g.value_dim.div_ceil(per_task);
+        let out = Columns::new(&mut heads.floats[..], g.value_dim);
+        pass.crew.each_with(threads, g.n_head_kv * n_tasks, |own, task| {
+            let (head, start) = (task / n_tasks, task % n_tasks * per_task);
+            let elements = start..g.value_dim.min(start + per_task);
+            let weights = rows(per_kv, &scores[head * per_kv * width..], width);
+            let buffers = (&mut own.scratch, &mut own.scaled);
+            // SAFETY: tasks have elements of their own.
+            unsafe {
+                let out = out.skip(head * per_kv);
+                let head = Head { cache, layer, head };
+                head.mix(buffers, &weights, (first, n_keys), elements, out);
+            }
+        });
+    }
+
+    /// Attention of several tokens: a task is a block of them at one kv head.
+    fn attend_blocks(
+        &mut self,
+        pass: &Pass,
+        attention: &Attention,
+        (cache, layer): (&KvCache, usize),
+        n_past: usize,
+    ) {
+        let g = attention.geometry;
+        let per_kv = g.n_head / g.n_head_kv;
+        let (q_width, out_width) = (g.n_head * g.score_dim, g.n_head * g.value_dim);
+        let n = self.q.len() / q_width;
+        let n_block = (QUERY_ROWS / per_kv).max(1);
+        let n_blocks = n.div_ceil(n_block);
+        let integer = cache.types().0.is_rounded();
+        let Buffers { q, heads, threads, .. } = self;
+        let heads = Columns::new(&mut heads.floats[..], out_width);
+        // The longest rows first, so that no thread ends with one.
+        pass.crew.each_with(threads, g.n_head_kv * n_blocks, |own, task| {
+            let (head, block) = (task % g.n_head_kv, n_blocks - 1 - task / g.n_head_kv);
+            let tokens = block * n_block..n.min((block + 1) * n_block);
+            let n_rows = tokens.len() * per_kv;
+            let of_head = per_kv * g.score_dim;
+            own.q.fill(n_rows, g.score_dim, integer, |floats| {
+                for (to, t) in floats.chunks_exact_mut(of_head).zip(tokens.clone()) {
+                    to.copy_from_slice(&q[t * q_width + head * of_head..][..of_head]);
+                }
+            });
+            let range = |t: usize| attention.visible(n_past + t);
+            let first = tokens.clone().map(|t| range(t).start).min().unwrap_or(0) / LANES * LANES;
+            let end = tokens.clone().map(|t| range(t).end).max().unwrap_or(0);
+            let width = (end - first).next_multiple_of(LANES);
+            let kv = Head { cache, layer, head };
+            let positions = (first, end - first);
+            let ThreadBuffers { scratch, q, scores, scaled, out } = own;
+            scores.resize(n_rows * width, 0.0);
+            // SAFETY: the output is this thread's own.
+            unsafe { kv.score(scratch, &q.view(), positions, Columns::new(scores, width), 0) };
+            for (r, row) in scores.chunks_exact_mut(width).enumerate() {
+                let (t, h) = (tokens.start + r / per_kv, head * per_kv + r % per_kv);
+                let seen = range(t);
+                row[..seen.start - first].fill(0.0);
+                attention.weigh(n_past + t, h, &mut row[seen.start - first..seen.end - first]);
+                row[seen.end - first..].fill(0.0);
+            }
+            out.resize(n_rows * g.value_dim, 0.0);
+            let weights = rows(n_rows, scores, width);
+            // SAFETY: the output is this thread's own.
+            unsafe {
+                let out = Columns::new(out, g.value_dim);
+                kv.mix((scratch, scaled), &weights, positions, 0..g.value_dim, out);
+            }
+            for (i, t) in tokens.enumerate() {
+                let n = per_kv * g.value_dim;
+                // SAFETY: tasks have heads and tokens of their own.
+                unsafe { heads.part(t, head * n, n) }.copy_from_slice(&out[i * n..(i + 1) * n]);
+            }
+        });
+    }
+}

@@ -1,0 +1,88 @@
+//! The cache of keys and values in every type.
+
+use std::sync::Arc;
+
+use qkov::cpu::{CacheType, Threads};
+use qkov::gguf::{Bytes, Gguf};
+use qkov::model::Model;
+use qkov::session::{Options, Session};
+use qkov::token::Tokenizer;
+
+/// The shipped model, and tokens enough that the last ones, alone, attend in several tasks.
+fn shipped() -> (Arc<Model>, Vec<u32>) {
+    let file = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/books-6m-q8_0.gguf"));
+    let gguf = Gguf::parse(Bytes::from(&file[..])).unwrap();
+    let text = "The fox went down to the river, and the river was cold and wide. ".repeat(20);
+    let tokens = Tokenizer::from_gguf(&gguf).unwrap().encode(&text, true, false).unwrap();
+    (Arc::new(Model::from_gguf(gguf).unwrap()), tokens[..300].to_vec())
+}
+
+/// Logits of every token, fed `n` at a time.
+fn logits(
+    (model, tokens): &(Arc<Model>, Vec<u32>),
+    (cache, exact): ((CacheType, CacheType), bool),
+    n: usize,
+) -> Vec<f32> {
+    let n_threads = Threads { one: 2, batch: 1 };
+    let options = Options { n_threads, cache, exact, ..Options::default() };
+    let mut session = Session::new(model.clone(), &options).unwrap();
+    let mut out = Vec::new();
+    for tokens in tokens.chunks(n) {
+        out.extend_from_slice(session.feed_wanting(tokens, 0..tokens.len()).unwrap());
+    }
+    out
+}
+
+fn types() -> impl Iterator<Item = (CacheType, CacheType)> {
+    CacheType::ALL.into_iter().flat_map(|k| CacheType::ALL.map(|v| (k, v)))
+}
+
+#[test]
+fn every_type_loses_as_little_as_its_bits_allow() {
+    let model = shipped();
+    let full = logits(&model, ((CacheType::F32, CacheType::F32), true), 512);
+    let n_vocab = model.0.hparams.n_vocab;
+    let log_softmax = |row: &[f32]| -> Vec<f64> {
+        let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
+        row.iter().map(|x| f64::from(*x) - sum.ln()).collect()
+    };
+    for (k, v) in types() {
+        let rounded = logits(&model, ((k, v), true), 512);
+        let rows = full.chunks(n_vocab).zip(rounded.chunks(n_vocab));
+        let kl: f64 = rows
+            .map(|(p, q)| (log_softmax(p), log_softmax(q)))
+            .map(|(p, q)| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>())
+            .sum();
+        let kl = kl / (full.len() / n_vocab) as f64;
+        println!("keys {}, values {}: KL {kl:.1e}", k.name(), v.name());
+        let most = |ty| match ty {
+            CacheType::F32 => 1e-12,
+            CacheType::F16 => 1e-7,
+            CacheType::Q8_0 => 2e-5,
+            CacheType::Q4_0 => 5e-3,
+        };
+        assert!(kl <= most(k) + most(v), "{} {}: {kl:e}", k.name(), v.name());
+    }
+}
+
+#[test]
+fn any_pieces_give_the_same_bits() {
+    let model = shipped();
+    let bits = |x: Vec<f32>| -> Vec<u32> { x.into_iter().map(f32::to_bits).collect() };
+    for cache in types() {
+        let whole = bits(logits(&model, (cache, false), 512));
+        for n in [1, 23] {
+            assert!(bits(logits(&model, (cache, false), n)) == whole, "{cache:?} by {n}");
+        }
+    }
+}
+
+#[test]
+fn heads_of_odd_size_are_refused() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/llama.gguf");
+    let model = Arc::new(Model::open(folder.as_ref()).unwrap());
+    let options = Options { cache: (CacheType::F16, CacheType::Q4_0), ..Options::default() };
+    let Err(error) = Session::new(model, &options) else { panic!("accepted") };
+    let text = error.to_string();
+    assert!(text.contains("--cache-type-v q4_0: heads have 8 elements"), "{text}");
+}
