@@ -1,20 +1,51 @@
-//! Whole steps of a model of the shape of SmolLM2-135M: a prompt, and one token at two depths, where
-//! at the larger one attention takes most of the time.
+//! Whole steps of a model of the shape of SmolLM2-135M, and attention: one layer with that model's
+//! heads and little else, at a depth of 4096, for every type of cache.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use qkov::measure::shape;
+use qkov::cpu::CacheType;
+use qkov::measure::shape::{self, Shape};
 use qkov::model::Model;
 use qkov::session::{Options, Session};
 
+fn session(shape: &Shape, mixture: &str, cache: (CacheType, CacheType)) -> Session {
+    let gguf = shape::synthetic(shape, mixture).unwrap();
+    let model = Arc::new(Model::from_gguf(gguf).unwrap());
+    let options = Options { n_ctx: Some(4608), cache, ..Options::default() };
+    Session::new(model, &options).unwrap()
+}
+
+fn attention(c: &mut Criterion) {
+    let whole = shape::find("smollm2-135m").unwrap();
+    let shape = Shape { n_layer: 1, n_ff: 32, n_vocab: 64, ..*whole };
+    let tokens: Vec<u32> = (0..4224).map(|i| i * 31 % 64).collect();
+    let (depth, prompt) = tokens.split_at(4096);
+    for n in [1, prompt.len()] {
+        let mut group = c.benchmark_group(format!("attention of {n} at 4096"));
+        group.sample_size(10);
+        // Keys that are scored, and as many values that are mixed.
+        let pairs: usize = (0..n).map(|t| depth.len() + t + 1).sum();
+        group.throughput(Throughput::Elements(pairs as u64 * shape.n_head));
+        for cache in CacheType::ALL {
+            let mut session = session(&shape, "Q8_0", (cache, cache));
+            session.feed(depth).unwrap();
+            group.bench_function(cache.name(), |b| {
+                b.iter(|| {
+                    session.rewind(depth.len());
+                    // All of them, or the only layer would be spared most.
+                    session.feed_wanting(&prompt[..n], 0..n).unwrap();
+                });
+            });
+        }
+    }
+}
+
 fn steps(c: &mut Criterion) {
     for mixture in ["Q4_0", "Q8_0", "Q4_K_M"] {
-        let gguf = shape::synthetic(shape::find("smollm2-135m").unwrap(), mixture).unwrap();
-        let model = Arc::new(Model::from_gguf(gguf).unwrap());
-        let options = Options { n_ctx: Some(4608), ..Options::default() };
-        let mut session = Session::new(model, &options).unwrap();
+        let shape = shape::find("smollm2-135m").unwrap();
+        let mut session = session(shape, mixture, (CacheType::F16, CacheType::F16));
         let tokens: Vec<u32> = (0..4096).map(|i| i * 31 % 40_000).collect();
         let mut group = c.benchmark_group(mixture);
         group.sample_size(10);
@@ -39,5 +70,5 @@ fn steps(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, steps);
+criterion_group!(benches, attention, steps);
 criterion_main!(benches);

@@ -15,7 +15,7 @@ use crate::simd;
 const QUERY_ROWS: usize = 16;
 /// Keys, and elements of values, of one task when a single token attends.
 const KEYS_PER_TASK: usize = 128;
-const VALUES_PER_TASK: usize = 16;
+const VALUES_PER_TASK: usize = GROUP;
 /// Keys up to which one token's attention is not split further than by kv heads.
 const SHORT: usize = 256;
 
@@ -135,12 +135,11 @@ impl Buffers {
             attention.weigh(position, head, &mut row[seen.clone()]);
             row[seen.end..].fill(0.0);
         });
-        let per_task = if cache.types().1.is_rounded() { GROUP } else { VALUES_PER_TASK };
-        let n_tasks = g.value_dim.div_ceil(per_task);
+        let n_tasks = g.value_dim.div_ceil(VALUES_PER_TASK);
         let out = Columns::new(&mut heads.floats[..], g.value_dim);
         pass.crew.each_with(threads, g.n_head_kv * n_tasks, |own, task| {
-            let (head, start) = (task / n_tasks, task % n_tasks * per_task);
-            let elements = start..g.value_dim.min(start + per_task);
+            let (head, start) = (task / n_tasks, task % n_tasks * VALUES_PER_TASK);
+            let elements = start..g.value_dim.min(start + VALUES_PER_TASK);
             let weights = rows(per_kv, &scores[head * per_kv * width..], width);
             let buffers = (&mut own.scratch, &mut own.scaled);
             // SAFETY: tasks have elements of their own.

@@ -6,24 +6,36 @@ use crate::error::Result;
 use crate::gguf::{Bytes, Data, Gguf, Value, ValueType, Writer};
 use crate::quant;
 
-/// The shape of a published model.
+/// The shape of a model.
+#[derive(Debug, Clone, Copy)]
 pub struct Shape {
     /// The name on the command line.
     pub name: &'static str,
-    arch: &'static str,
-    n_embd: u64,
-    n_layer: u32,
-    n_head: u64,
-    n_head_kv: u64,
-    head_dim: u64,
-    n_ff: u64,
-    n_vocab: u64,
-    tied: bool,
-    qkv_bias: bool,
-    rope_base: f32,
+    /// The architecture.
+    pub arch: &'static str,
+    /// Width of the residual stream.
+    pub n_embd: u64,
+    /// Layers.
+    pub n_layer: u32,
+    /// Query heads.
+    pub n_head: u64,
+    /// Key and value heads.
+    pub n_head_kv: u64,
+    /// Elements of a head.
+    pub head_dim: u64,
+    /// Width of the feed-forward network.
+    pub n_ff: u64,
+    /// Tokens of the vocabulary.
+    pub n_vocab: u64,
+    /// Whether the embeddings are also the output matrix.
+    pub tied: bool,
+    /// Whether queries, keys and values have biases.
+    pub qkv_bias: bool,
+    /// Base of the rotation's frequencies.
+    pub rope_base: f32,
 }
 
-/// Every shape, from its model's published configuration.
+/// Shapes of published models, from their configurations.
 pub static SHAPES: &[Shape] = &[
     Shape {
         name: "smollm2-135m",

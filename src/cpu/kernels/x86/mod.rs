@@ -111,6 +111,19 @@ unsafe fn store(out: Columns<f32>, t: usize, start: usize, n_rows: usize, acc: _
     }
 }
 
+/// Reads what [`store`] wrote; what is beyond `n_rows` is 0.
+#[inline(always)]
+unsafe fn load(out: Columns<f32>, t: usize, start: usize, n_rows: usize) -> __m256 {
+    unsafe {
+        if n_rows >= LANES {
+            return _mm256_loadu_ps(out.part(t, start, LANES).as_ptr());
+        }
+        let mut lanes = [0.0f32; LANES];
+        lanes[..n_rows].copy_from_slice(out.part(t, start, n_rows));
+        _mm256_loadu_ps(lanes.as_ptr())
+    }
+}
+
 #[inline(always)]
 unsafe fn four(x: *const i8) -> __m256i {
     unsafe { _mm256_set1_epi32(x.cast::<i32>().read_unaligned()) }
