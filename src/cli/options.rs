@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
 use super::terminal::note;
@@ -70,7 +71,7 @@ pub(super) struct RunArgs {
     exact: bool,
     /// Instruction set [default: the best that the processor has]
     #[arg(long, value_name = "LEVEL", env = "QKOV_SIMD")]
-    simd: Option<SimdArg>,
+    simd: Option<Level>,
     /// Context in tokens [default: as trained, at most 8192]
     #[arg(short, long, value_name = "N")]
     pub(super) ctx: Option<usize>,
@@ -79,10 +80,14 @@ pub(super) struct RunArgs {
     cache: CacheArg,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum SimdArg {
-    Scalar,
-    Avx2,
+impl ValueEnum for Level {
+    fn value_variants<'a>() -> &'a [Level] {
+        &Level::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -117,11 +122,7 @@ impl RunArgs {
         }
         options.pin = self.pin();
         options.exact = self.exact;
-        let level = self.simd.map(|level| match level {
-            SimdArg::Scalar => Level::Scalar,
-            SimdArg::Avx2 => Level::Avx2,
-        });
-        if let Some(level) = level
+        if let Some(level) = self.simd
             && !simd::set_level(level)
         {
             bad_usage!("--simd {}: this processor does not have it", level.name());

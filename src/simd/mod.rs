@@ -14,18 +14,28 @@ pub enum Level {
     /// What every processor of the architecture has.
     Scalar = 1,
     /// x86-64 with AVX2, FMA and F16C.
-    Avx2 = 2,
+    Avx2,
+    /// aarch64: what every such processor has.
+    Neon,
+    /// aarch64 with dot products of 8-bit integers.
+    Dotprod,
+    /// aarch64 with matrix products of 8-bit integers.
+    I8mm,
 }
 
 impl Level {
-    /// All levels.
-    pub const ALL: [Level; 2] = [Level::Scalar, Level::Avx2];
+    /// All levels, in their order.
+    pub const ALL: [Level; 5] =
+        [Level::Scalar, Level::Avx2, Level::Neon, Level::Dotprod, Level::I8mm];
 
     /// The name on the command line and in reports.
     pub fn name(self) -> &'static str {
         match self {
             Level::Scalar => "scalar",
             Level::Avx2 => "avx2",
+            Level::Neon => "neon",
+            Level::Dotprod => "dotprod",
+            Level::I8mm => "i8mm",
         }
     }
 
@@ -39,8 +49,16 @@ impl Level {
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
             }
-            #[cfg(not(target_arch = "x86_64"))]
-            Level::Avx2 => false,
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => true,
+            #[cfg(target_arch = "aarch64")]
+            Level::Dotprod => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(target_arch = "aarch64")]
+            Level::I8mm => {
+                Level::Dotprod.is_available() && std::arch::is_aarch64_feature_detected!("i8mm")
+            }
+            // Of another architecture.
+            _ => false,
         }
     }
 
@@ -54,10 +72,10 @@ static LEVEL: AtomicU8 = AtomicU8::new(0);
 
 /// The level in use: the best that this processor has, unless another was set.
 pub fn level() -> Level {
-    match LEVEL.load(Ordering::Relaxed) {
-        1 => Level::Scalar,
-        2 => Level::Avx2,
-        _ => {
+    let known = LEVEL.load(Ordering::Relaxed).checked_sub(1);
+    match known.and_then(|at| Level::ALL.get(usize::from(at))) {
+        Some(level) => *level,
+        None => {
             let best = Level::best();
             LEVEL.store(best as u8, Ordering::Relaxed);
             best
@@ -347,6 +365,15 @@ per_level! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn levels_are_in_order() {
+        for (i, level) in Level::ALL.into_iter().enumerate() {
+            assert_eq!(level as usize, i + 1);
+        }
+        assert!(Level::best().is_available());
+        assert_eq!(Level::Neon.is_available(), cfg!(target_arch = "aarch64"));
+    }
 
     #[test]
     fn exp_is_accurate() {

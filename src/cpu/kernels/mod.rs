@@ -9,6 +9,8 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod layout;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 
 pub use layout::{LAYOUTS, layout_of};
@@ -123,6 +125,8 @@ fn table(level: Level) -> &'static [Multiply] {
     match level {
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => &avx2::TABLE,
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon | Level::Dotprod | Level::I8mm => neon::table(level),
         _ => &scalar::TABLE,
     }
 }
@@ -167,6 +171,8 @@ pub fn ops_per_round() -> usize {
     match simd::level() {
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => avx2::OPS_PER_ROUND,
+        #[cfg(target_arch = "aarch64")]
+        level @ (Level::Neon | Level::Dotprod | Level::I8mm) => neon::ops_per_round(level),
         _ => scalar::OPS_PER_ROUND,
     }
 }
@@ -177,6 +183,11 @@ pub fn products_in_registers(rounds: usize) {
         // SAFETY: the level is available.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { avx2::products_in_registers(rounds) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        level @ (Level::Neon | Level::Dotprod | Level::I8mm) => unsafe {
+            neon::products_in_registers(level, rounds)
+        },
         _ => scalar::products_in_registers(rounds),
     }
 }

@@ -1,0 +1,421 @@
+//! How 8 rows are read from a panel: one entry for each layout.
+
+use std::arch::aarch64::*;
+
+/// 8 rows of one `f32`: rows 0 to 3, rows 4 to 7.
+pub(super) type Lanes = [float32x4_t; 2];
+
+/// 8 rows of 4 quants.
+pub(super) type Words = [int8x16_t; 2];
+
+/// How 8 rows of one float each are read.
+pub(super) trait Floats {
+    const BYTES: usize;
+    unsafe fn load(at: *const u8) -> Lanes;
+}
+
+pub(super) struct F32;
+pub(super) struct F16;
+pub(super) struct Bf16;
+
+impl Floats for F32 {
+    const BYTES: usize = 32;
+    #[inline(always)]
+    unsafe fn load(at: *const u8) -> Lanes {
+        unsafe { [0, 16].map(|i| vreinterpretq_f32_u8(vld1q_u8(at.add(i)))) }
+    }
+}
+
+impl Floats for F16 {
+    const BYTES: usize = 16;
+    #[inline(always)]
+    unsafe fn load(at: *const u8) -> Lanes {
+        unsafe { halves(at) }
+    }
+}
+
+impl Floats for Bf16 {
+    const BYTES: usize = 16;
+    #[inline(always)]
+    unsafe fn load(at: *const u8) -> Lanes {
+        unsafe {
+            let both = vreinterpretq_u16_u8(vld1q_u8(at));
+            let low = vshll_n_u16::<16>(vget_low_u16(both));
+            [low, vshll_high_n_u16::<16>(both)].map(|x| vreinterpretq_f32_u32(x))
+        }
+    }
+}
+
+/// 32 elements of 8 rows: their quants, and scale and minimum of each `GROUP` of them.
+pub(super) struct Group {
+    pub(super) q: [Words; 8],
+    pub(super) d: [Lanes; 2],
+    pub(super) m: [Lanes; 2],
+}
+
+/// How a block of 8 rows is read. `w = d * q + m`.
+pub(super) trait Quants {
+    /// Elements of a block, and bytes of it per row.
+    const BLOCK: usize;
+    const ROW_BYTES: usize;
+    /// Elements that share a scale: 32 or 16.
+    const GROUP: usize = 32;
+    /// The largest magnitude of a quant.
+    const MAX: usize;
+    /// Whether there are minima.
+    const MIN: bool = true;
+    /// Scales that all groups of a block share.
+    type Head: Copy;
+    unsafe fn head(block: *const u8) -> Self::Head;
+    unsafe fn group(block: *const u8, head: Self::Head, i: usize) -> Group;
+}
+
+#[inline(always)]
+pub(super) fn zeros() -> Lanes {
+    // SAFETY: every processor has it.
+    unsafe { [vdupq_n_f32(0.0); 2] }
+}
+
+#[inline(always)]
+unsafe fn load(at: *const u8) -> [uint8x16_t; 2] {
+    unsafe { [vld1q_u8(at), vld1q_u8(at.add(16))] }
+}
+
+#[inline(always)]
+unsafe fn halves(at: *const u8) -> Lanes {
+    unsafe {
+        let both = vreinterpretq_f16_u8(vld1q_u8(at));
+        [vcvt_f32_f16(vget_low_f16(both)), vcvt_high_f32_f16(both)]
+    }
+}
+
+/// 8 unsigned bytes, widened.
+#[inline(always)]
+unsafe fn wide(at: *const u8) -> [uint32x4_t; 2] {
+    unsafe {
+        let x = vmovl_u8(vld1_u8(at));
+        [vmovl_u16(vget_low_u16(x)), vmovl_high_u16(x)]
+    }
+}
+
+#[inline(always)]
+unsafe fn unsigned_bytes(at: *const u8) -> Lanes {
+    unsafe { wide(at).map(|x| vcvtq_f32_u32(x)) }
+}
+
+#[inline(always)]
+unsafe fn signed_bytes(at: *const u8) -> Lanes {
+    unsafe {
+        let x = vmovl_s8(vld1_s8(at.cast()));
+        [vmovl_s16(vget_low_s16(x)), vmovl_high_s16(x)].map(|x| vcvtq_f32_s32(x))
+    }
+}
+
+#[inline(always)]
+unsafe fn times(a: Lanes, b: Lanes) -> Lanes {
+    unsafe { [vmulq_f32(a[0], b[0]), vmulq_f32(a[1], b[1])] }
+}
+
+#[inline(always)]
+unsafe fn scaled(a: Lanes, factor: f32) -> Lanes {
+    unsafe { a.map(|a| vmulq_n_f32(a, factor)) }
+}
+
+/// The 4-bit halves of 4 vectors.
+#[inline(always)]
+unsafe fn nibbles(at: *const u8) -> [[uint8x16_t; 2]; 8] {
+    unsafe {
+        let mut q = [[vdupq_n_u8(0); 2]; 8];
+        for j in 0..4 {
+            let both = load(at.add(32 * j));
+            q[j] = both.map(|x| vandq_u8(x, vdupq_n_u8(15)));
+            q[j + 4] = both.map(|x| vshrq_n_u8::<4>(x));
+        }
+        q
+    }
+}
+
+/// Looks the 4-bit halves up in a table.
+#[inline(always)]
+unsafe fn looked_up(at: *const u8, table: [i8; 16]) -> [Words; 8] {
+    unsafe {
+        let table = vld1q_s8(table.as_ptr());
+        nibbles(at).map(|q| q.map(|q| vqtbl1q_s8(table, q)))
+    }
+}
+
+/// Bytes moved up by `n` bits, or down by `-n`.
+#[inline(always)]
+unsafe fn shifted(x: uint8x16_t, n: i32) -> uint8x16_t {
+    unsafe {
+        match n {
+            4 => vshlq_n_u8::<4>(x),
+            3 => vshlq_n_u8::<3>(x),
+            2 => vshlq_n_u8::<2>(x),
+            1 => vshlq_n_u8::<1>(x),
+            -1 => vshrq_n_u8::<1>(x),
+            -2 => vshrq_n_u8::<2>(x),
+            -3 => vshrq_n_u8::<3>(x),
+            _ => x,
+        }
+    }
+}
+
+/// Adds bits above the fourth: those of `mask`, after `high` was shifted by `n`.
+#[inline(always)]
+unsafe fn with_bits(
+    q: [uint8x16_t; 2],
+    high: [uint8x16_t; 2],
+    n: i32,
+    mask: u8,
+) -> [uint8x16_t; 2] {
+    unsafe { [0, 1].map(|h| vbslq_u8(vdupq_n_u8(mask), shifted(high[h], n), q[h])) }
+}
+
+#[inline(always)]
+unsafe fn one_scale(q: [Words; 8], d: Lanes, m: Lanes) -> Group {
+    Group { q, d: [d, d], m: [m, m] }
+}
+
+/// Quants that are small enough to have no sign.
+#[inline(always)]
+unsafe fn positive(q: [[uint8x16_t; 2]; 8]) -> [Words; 8] {
+    unsafe { q.map(|q| q.map(|q| vreinterpretq_s8_u8(q))) }
+}
+
+pub(super) struct Q4_0;
+impl Quants for Q4_0 {
+    const BLOCK: usize = 32;
+    const ROW_BYTES: usize = 18;
+    const MAX: usize = 15;
+    type Head = ();
+    #[inline(always)]
+    unsafe fn head(_: *const u8) {}
+    #[inline(always)]
+    unsafe fn group(block: *const u8, (): (), _: usize) -> Group {
+        unsafe {
+            let d = halves(block);
+            one_scale(positive(nibbles(block.add(16))), d, scaled(d, -8.0))
+        }
+    }
+}
+
+pub(super) struct Q4_1;
+impl Quants for Q4_1 {
+    const BLOCK: usize = 32;
+    const ROW_BYTES: usize = 20;
+    const MAX: usize = 15;
+    type Head = ();
+    #[inline(always)]
+    unsafe fn head(_: *const u8) {}
+    #[inline(always)]
+    unsafe fn group(block: *const u8, (): (), _: usize) -> Group {
+        unsafe { one_scale(positive(nibbles(block.add(32))), halves(block), halves(block.add(16))) }
+    }
+}
+
+/// Nibbles, and a vector of fifth bits elsewhere.
+#[inline(always)]
+unsafe fn five_bits(low: *const u8, high: *const u8) -> [Words; 8] {
+    unsafe {
+        let (mut q, high) = (nibbles(low), load(high));
+        for (j, q) in q.iter_mut().enumerate() {
+            *q = with_bits(*q, high, 4 - j as i32, 16);
+        }
+        positive(q)
+    }
+}
+
+pub(super) struct Q5_0;
+impl Quants for Q5_0 {
+    const BLOCK: usize = 32;
+    const ROW_BYTES: usize = 22;
+    const MAX: usize = 31;
+    type Head = ();
+    #[inline(always)]
+    unsafe fn head(_: *const u8) {}
+    #[inline(always)]
+    unsafe fn group(block: *const u8, (): (), _: usize) -> Group {
+        unsafe {
+            let d = halves(block);
+            one_scale(five_bits(block.add(16), block.add(144)), d, scaled(d, -16.0))
+        }
+    }
+}
+
+pub(super) struct Q5_1;
+impl Quants for Q5_1 {
+    const BLOCK: usize = 32;
+    const ROW_BYTES: usize = 24;
+    const MAX: usize = 31;
+    type Head = ();
+    #[inline(always)]
+    unsafe fn head(_: *const u8) {}
+    #[inline(always)]
+    unsafe fn group(block: *const u8, (): (), _: usize) -> Group {
+        unsafe {
+            let q = five_bits(block.add(32), block.add(160));
+            one_scale(q, halves(block), halves(block.add(16)))
+        }
+    }
+}
+
+pub(super) struct Q8_0;
+impl Quants for Q8_0 {
+    const BLOCK: usize = 32;
+    const ROW_BYTES: usize = 34;
+    const MAX: usize = 128;
+    const MIN: bool = false;
+    type Head = ();
+    #[inline(always)]
+    unsafe fn head(_: *const u8) {}
+    #[inline(always)]
+    unsafe fn group(block: *const u8, (): (), _: usize) -> Group {
+        unsafe {
+            let mut q = [[vdupq_n_u8(0); 2]; 8];
+            for (j, q) in q.iter_mut().enumerate() {
+                *q = load(block.add(16 + 32 * j));
+            }
+            let q = q.map(|q| q.map(|q| vreinterpretq_s8_u8(q)));
+            one_scale(q, halves(block), zeros())
+        }
+    }
+}
+
+/// ggml's `kvalues_iq4nl`.
+const IQ4_LEVELS: [i8; 16] =
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+pub(super) struct Iq4Nl;
+impl Quants for Iq4Nl {
+    const BLOCK: usize = 32;
+    const ROW_BYTES: usize = 18;
+    const MAX: usize = 127;
+    const MIN: bool = false;
+    type Head = ();
+    #[inline(always)]
+    unsafe fn head(_: *const u8) {}
+    #[inline(always)]
+    unsafe fn group(block: *const u8, (): (), _: usize) -> Group {
+        unsafe { one_scale(looked_up(block.add(16), IQ4_LEVELS), halves(block), zeros()) }
+    }
+}
+
+pub(super) struct Mxfp4;
+impl Quants for Mxfp4 {
+    const BLOCK: usize = 32;
+    const ROW_BYTES: usize = 17;
+    const MAX: usize = 12;
+    const MIN: bool = false;
+    type Head = ();
+    #[inline(always)]
+    unsafe fn head(_: *const u8) {}
+    #[inline(always)]
+    unsafe fn group(block: *const u8, (): (), _: usize) -> Group {
+        // Twice E2M1.
+        const LEVELS: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+        unsafe {
+            // 2^(e - 128), subnormal for e < 2.
+            let d = wide(block).map(|e| {
+                let normal = vshlq_n_u32::<23>(vsubq_u32(e, vdupq_n_u32(1)));
+                let small = vshlq_u32(vdupq_n_u32(0x0020_0000), vreinterpretq_s32_u32(e));
+                let is_small = vcltq_u32(e, vdupq_n_u32(2));
+                vreinterpretq_f32_u32(vbslq_u32(is_small, small, normal))
+            });
+            one_scale(looked_up(block.add(8), LEVELS), d, zeros())
+        }
+    }
+}
+
+/// `d` and `-dmin`.
+#[inline(always)]
+unsafe fn scale_and_min(block: *const u8) -> (Lanes, Lanes) {
+    unsafe { (halves(block), halves(block.add(16)).map(|m| vnegq_f32(m))) }
+}
+
+pub(super) struct Q4K;
+impl Quants for Q4K {
+    const BLOCK: usize = 256;
+    const ROW_BYTES: usize = 148;
+    const MAX: usize = 15;
+    type Head = (Lanes, Lanes);
+    #[inline(always)]
+    unsafe fn head(block: *const u8) -> Self::Head {
+        unsafe { scale_and_min(block) }
+    }
+    #[inline(always)]
+    unsafe fn group(block: *const u8, (d, m): Self::Head, i: usize) -> Group {
+        unsafe {
+            let at = block.add(32 + 144 * i);
+            let (d, m) = (times(d, unsigned_bytes(at)), times(m, unsigned_bytes(at.add(8))));
+            one_scale(positive(nibbles(at.add(16))), d, m)
+        }
+    }
+}
+
+pub(super) struct Q5K;
+impl Quants for Q5K {
+    const BLOCK: usize = 256;
+    const ROW_BYTES: usize = 180;
+    const MAX: usize = 31;
+    type Head = (Lanes, Lanes);
+    #[inline(always)]
+    unsafe fn head(block: *const u8) -> Self::Head {
+        unsafe { scale_and_min(block) }
+    }
+    #[inline(always)]
+    unsafe fn group(block: *const u8, (d, m): Self::Head, i: usize) -> Group {
+        unsafe {
+            let at = block.add(32 + 176 * i);
+            let (d, m) = (times(d, unsigned_bytes(at)), times(m, unsigned_bytes(at.add(8))));
+            one_scale(five_bits(at.add(16), at.add(144)), d, m)
+        }
+    }
+}
+
+pub(super) struct Q6K;
+impl Quants for Q6K {
+    const BLOCK: usize = 256;
+    const ROW_BYTES: usize = 210;
+    const GROUP: usize = 16;
+    const MAX: usize = 63;
+    type Head = Lanes;
+    #[inline(always)]
+    unsafe fn head(block: *const u8) -> Lanes {
+        unsafe { halves(block) }
+    }
+    #[inline(always)]
+    unsafe fn group(block: *const u8, d: Lanes, i: usize) -> Group {
+        unsafe {
+            let at = block.add(16 + 208 * i);
+            let mut q = nibbles(at.add(16));
+            for (j, q) in q.iter_mut().enumerate() {
+                let high = load(at.add(144 + j / 4 * 32));
+                *q = with_bits(*q, high, 4 - 2 * (j % 4) as i32, 48);
+            }
+            let d = [times(d, signed_bytes(at)), times(d, signed_bytes(at.add(8)))];
+            Group { q: positive(q), d, m: [scaled(d[0], -32.0), scaled(d[1], -32.0)] }
+        }
+    }
+}
+
+pub(super) struct Iq4Xs;
+impl Quants for Iq4Xs {
+    const BLOCK: usize = 256;
+    const ROW_BYTES: usize = 138;
+    const MAX: usize = 127;
+    const MIN: bool = false;
+    type Head = Lanes;
+    #[inline(always)]
+    unsafe fn head(block: *const u8) -> Lanes {
+        unsafe { halves(block) }
+    }
+    #[inline(always)]
+    unsafe fn group(block: *const u8, d: Lanes, i: usize) -> Group {
+        unsafe {
+            let at = block.add(16 + 136 * i);
+            let q = looked_up(at.add(8), IQ4_LEVELS);
+            one_scale(q, times(d, signed_bytes(at)), zeros())
+        }
+    }
+}
