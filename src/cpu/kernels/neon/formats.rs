@@ -8,6 +8,12 @@ pub(super) type Lanes = [float32x4_t; 2];
 /// 8 rows of 4 quants.
 pub(super) type Words = [int8x16_t; 2];
 
+/// `f` of both registers; `map` of arrays is not always inlined.
+#[inline(always)]
+pub(super) fn both<A: Copy, B>(x: [A; 2], f: impl Fn(A) -> B) -> [B; 2] {
+    [f(x[0]), f(x[1])]
+}
+
 /// How 8 rows of one float each are read.
 pub(super) trait Floats {
     const BYTES: usize;
@@ -22,7 +28,7 @@ impl Floats for F32 {
     const BYTES: usize = 32;
     #[inline(always)]
     unsafe fn load(at: *const u8) -> Lanes {
-        unsafe { [0, 16].map(|i| vreinterpretq_f32_u8(vld1q_u8(at.add(i)))) }
+        unsafe { both([0, 4], |i| vld1q_f32(at.cast::<f32>().add(i))) }
     }
 }
 
@@ -39,9 +45,9 @@ impl Floats for Bf16 {
     #[inline(always)]
     unsafe fn load(at: *const u8) -> Lanes {
         unsafe {
-            let both = vreinterpretq_u16_u8(vld1q_u8(at));
-            let low = vshll_n_u16::<16>(vget_low_u16(both));
-            [low, vshll_high_n_u16::<16>(both)].map(|x| vreinterpretq_f32_u32(x))
+            let x = vreinterpretq_u16_u8(vld1q_u8(at));
+            let wide = [vshll_n_u16::<16>(vget_low_u16(x)), vshll_high_n_u16::<16>(x)];
+            both(wide, |x| vreinterpretq_f32_u32(x))
         }
     }
 }
@@ -77,15 +83,15 @@ pub(super) fn zeros() -> Lanes {
 }
 
 #[inline(always)]
-unsafe fn load(at: *const u8) -> [uint8x16_t; 2] {
-    unsafe { [vld1q_u8(at), vld1q_u8(at.add(16))] }
+unsafe fn load(at: *const u8) -> Words {
+    unsafe { both([0, 16], |i| vld1q_s8(at.cast::<i8>().add(i))) }
 }
 
 #[inline(always)]
 unsafe fn halves(at: *const u8) -> Lanes {
     unsafe {
-        let both = vreinterpretq_f16_u8(vld1q_u8(at));
-        [vcvt_f32_f16(vget_low_f16(both)), vcvt_high_f32_f16(both)]
+        let x = vreinterpretq_f16_u8(vld1q_u8(at));
+        [vcvt_f32_f16(vget_low_f16(x)), vcvt_high_f32_f16(x)]
     }
 }
 
@@ -100,14 +106,14 @@ unsafe fn wide(at: *const u8) -> [uint32x4_t; 2] {
 
 #[inline(always)]
 unsafe fn unsigned_bytes(at: *const u8) -> Lanes {
-    unsafe { wide(at).map(|x| vcvtq_f32_u32(x)) }
+    unsafe { both(wide(at), |x| vcvtq_f32_u32(x)) }
 }
 
 #[inline(always)]
 unsafe fn signed_bytes(at: *const u8) -> Lanes {
     unsafe {
         let x = vmovl_s8(vld1_s8(at.cast()));
-        [vmovl_s16(vget_low_s16(x)), vmovl_high_s16(x)].map(|x| vcvtq_f32_s32(x))
+        both([vmovl_s16(vget_low_s16(x)), vmovl_high_s16(x)], |x| vcvtq_f32_s32(x))
     }
 }
 
@@ -118,18 +124,18 @@ unsafe fn times(a: Lanes, b: Lanes) -> Lanes {
 
 #[inline(always)]
 unsafe fn scaled(a: Lanes, factor: f32) -> Lanes {
-    unsafe { a.map(|a| vmulq_n_f32(a, factor)) }
+    unsafe { both(a, |a| vmulq_n_f32(a, factor)) }
 }
 
 /// The 4-bit halves of 4 vectors.
 #[inline(always)]
-unsafe fn nibbles(at: *const u8) -> [[uint8x16_t; 2]; 8] {
+unsafe fn nibbles(at: *const u8) -> [Words; 8] {
     unsafe {
-        let mut q = [[vdupq_n_u8(0); 2]; 8];
+        let mut q = [[vdupq_n_s8(0); 2]; 8];
         for j in 0..4 {
-            let both = load(at.add(32 * j));
-            q[j] = both.map(|x| vandq_u8(x, vdupq_n_u8(15)));
-            q[j + 4] = both.map(|x| vshrq_n_u8::<4>(x));
+            let x = load(at.add(32 * j));
+            q[j] = both(x, |x| vandq_s8(x, vdupq_n_s8(15)));
+            q[j + 4] = both(x, |x| shifted(x, -4));
         }
         q
     }
@@ -140,15 +146,20 @@ unsafe fn nibbles(at: *const u8) -> [[uint8x16_t; 2]; 8] {
 unsafe fn looked_up(at: *const u8, table: [i8; 16]) -> [Words; 8] {
     unsafe {
         let table = vld1q_s8(table.as_ptr());
-        nibbles(at).map(|q| q.map(|q| vqtbl1q_s8(table, q)))
+        let mut q = nibbles(at);
+        for q in &mut q {
+            *q = both(*q, |q| vqtbl1q_s8(table, vreinterpretq_u8_s8(q)));
+        }
+        q
     }
 }
 
-/// Bytes moved up by `n` bits, or down by `-n`.
+/// Bytes moved up by `n` bits, or down by `-n`; zeros come in.
 #[inline(always)]
-unsafe fn shifted(x: uint8x16_t, n: i32) -> uint8x16_t {
+unsafe fn shifted(x: int8x16_t, n: i32) -> int8x16_t {
     unsafe {
-        match n {
+        let x = vreinterpretq_u8_s8(x);
+        vreinterpretq_s8_u8(match n {
             4 => vshlq_n_u8::<4>(x),
             3 => vshlq_n_u8::<3>(x),
             2 => vshlq_n_u8::<2>(x),
@@ -156,31 +167,25 @@ unsafe fn shifted(x: uint8x16_t, n: i32) -> uint8x16_t {
             -1 => vshrq_n_u8::<1>(x),
             -2 => vshrq_n_u8::<2>(x),
             -3 => vshrq_n_u8::<3>(x),
+            -4 => vshrq_n_u8::<4>(x),
             _ => x,
-        }
+        })
     }
 }
 
 /// Adds bits above the fourth: those of `mask`, after `high` was shifted by `n`.
 #[inline(always)]
-unsafe fn with_bits(
-    q: [uint8x16_t; 2],
-    high: [uint8x16_t; 2],
-    n: i32,
-    mask: u8,
-) -> [uint8x16_t; 2] {
-    unsafe { [0, 1].map(|h| vbslq_u8(vdupq_n_u8(mask), shifted(high[h], n), q[h])) }
+unsafe fn with_bits(q: Words, high: Words, n: i32, mask: u8) -> Words {
+    unsafe {
+        let mask = vdupq_n_u8(mask);
+        let with = |q, high| vbslq_s8(mask, shifted(high, n), q);
+        [with(q[0], high[0]), with(q[1], high[1])]
+    }
 }
 
 #[inline(always)]
 unsafe fn one_scale(q: [Words; 8], d: Lanes, m: Lanes) -> Group {
     Group { q, d: [d, d], m: [m, m] }
-}
-
-/// Quants that are small enough to have no sign.
-#[inline(always)]
-unsafe fn positive(q: [[uint8x16_t; 2]; 8]) -> [Words; 8] {
-    unsafe { q.map(|q| q.map(|q| vreinterpretq_s8_u8(q))) }
 }
 
 pub(super) struct Q4_0;
@@ -195,7 +200,7 @@ impl Quants for Q4_0 {
     unsafe fn group(block: *const u8, (): (), _: usize) -> Group {
         unsafe {
             let d = halves(block);
-            one_scale(positive(nibbles(block.add(16))), d, scaled(d, -8.0))
+            one_scale(nibbles(block.add(16)), d, scaled(d, -8.0))
         }
     }
 }
@@ -210,7 +215,7 @@ impl Quants for Q4_1 {
     unsafe fn head(_: *const u8) {}
     #[inline(always)]
     unsafe fn group(block: *const u8, (): (), _: usize) -> Group {
-        unsafe { one_scale(positive(nibbles(block.add(32))), halves(block), halves(block.add(16))) }
+        unsafe { one_scale(nibbles(block.add(32)), halves(block), halves(block.add(16))) }
     }
 }
 
@@ -222,7 +227,7 @@ unsafe fn five_bits(low: *const u8, high: *const u8) -> [Words; 8] {
         for (j, q) in q.iter_mut().enumerate() {
             *q = with_bits(*q, high, 4 - j as i32, 16);
         }
-        positive(q)
+        q
     }
 }
 
@@ -272,11 +277,10 @@ impl Quants for Q8_0 {
     #[inline(always)]
     unsafe fn group(block: *const u8, (): (), _: usize) -> Group {
         unsafe {
-            let mut q = [[vdupq_n_u8(0); 2]; 8];
+            let mut q = [[vdupq_n_s8(0); 2]; 8];
             for (j, q) in q.iter_mut().enumerate() {
                 *q = load(block.add(16 + 32 * j));
             }
-            let q = q.map(|q| q.map(|q| vreinterpretq_s8_u8(q)));
             one_scale(q, halves(block), zeros())
         }
     }
@@ -316,7 +320,7 @@ impl Quants for Mxfp4 {
         const LEVELS: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
         unsafe {
             // 2^(e - 128), subnormal for e < 2.
-            let d = wide(block).map(|e| {
+            let d = both(wide(block), |e| {
                 let normal = vshlq_n_u32::<23>(vsubq_u32(e, vdupq_n_u32(1)));
                 let small = vshlq_u32(vdupq_n_u32(0x0020_0000), vreinterpretq_s32_u32(e));
                 let is_small = vcltq_u32(e, vdupq_n_u32(2));
@@ -330,7 +334,7 @@ impl Quants for Mxfp4 {
 /// `d` and `-dmin`.
 #[inline(always)]
 unsafe fn scale_and_min(block: *const u8) -> (Lanes, Lanes) {
-    unsafe { (halves(block), halves(block.add(16)).map(|m| vnegq_f32(m))) }
+    unsafe { (halves(block), both(halves(block.add(16)), |m| vnegq_f32(m))) }
 }
 
 pub(super) struct Q4K;
@@ -348,7 +352,7 @@ impl Quants for Q4K {
         unsafe {
             let at = block.add(32 + 144 * i);
             let (d, m) = (times(d, unsigned_bytes(at)), times(m, unsigned_bytes(at.add(8))));
-            one_scale(positive(nibbles(at.add(16))), d, m)
+            one_scale(nibbles(at.add(16)), d, m)
         }
     }
 }
@@ -394,7 +398,7 @@ impl Quants for Q6K {
                 *q = with_bits(*q, high, 4 - 2 * (j % 4) as i32, 48);
             }
             let d = [times(d, signed_bytes(at)), times(d, signed_bytes(at.add(8)))];
-            Group { q: positive(q), d, m: [scaled(d[0], -32.0), scaled(d[1], -32.0)] }
+            Group { q, d, m: [scaled(d[0], -32.0), scaled(d[1], -32.0)] }
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::formats::{Lanes, Quants, Words};
+use super::formats::{Lanes, Quants, Words, both, zeros};
 use super::{TILE, Tile, Unpacked, rows};
 
 /// How a level multiplies 8-bit integers.
@@ -146,15 +146,10 @@ impl Products for I8mm {
         unsafe { Dotprod::group::<Q, T>(w, x) }
     }
 
-    /// 8 elements of rows 0 and 1, 2 and 3, 4 and 5, 6 and 7.
+    /// 8 elements of rows 0 and 1, 2 and 3; of rows 4 and 5, 6 and 7.
     #[inline(always)]
     unsafe fn arranged([a, b]: [Words; 2]) -> [Words; 2] {
-        unsafe {
-            [0, 1].map(|h| {
-                let (a, b) = (vreinterpretq_s32_s8(a[h]), vreinterpretq_s32_s8(b[h]));
-                [vzip1q_s32(a, b), vzip2q_s32(a, b)].map(|x| vreinterpretq_s8_s32(x))
-            })
-        }
+        unsafe { [four_rows(a[0], b[0]), four_rows(a[1], b[1])] }
     }
 
     // Indices instead of iterators: sums stay in registers.
@@ -198,13 +193,13 @@ impl Products for I8mm {
                 }
                 (quants, scales) = (quants.add(32 * TILE), scales.add(TILE));
             }
-            let acc = acc.map(|acc| acc.map(|x| vreinterpretq_f64_f32(x)));
-            let mut out = [[vdupq_n_f32(0.0); 2]; TILE];
+            let mut out = [zeros(); TILE];
             for t in 0..2 {
                 for h in 0..2 {
-                    let (a, b) = (acc[2 * h][t], acc[2 * h + 1][t]);
-                    out[2 * t][h] = vreinterpretq_f32_f64(vzip1q_f64(a, b));
-                    out[2 * t + 1][h] = vreinterpretq_f32_f64(vzip2q_f64(a, b));
+                    let rows =
+                        both([2 * h, 2 * h + 1], |r: usize| vreinterpretq_f64_f32(acc[r][t]));
+                    out[2 * t][h] = vreinterpretq_f32_f64(vzip1q_f64(rows[0], rows[1]));
+                    out[2 * t + 1][h] = vreinterpretq_f32_f64(vzip2q_f64(rows[0], rows[1]));
                 }
             }
             out
@@ -229,10 +224,26 @@ unsafe fn doubled(x: float32x4_t) -> [float32x4_t; 2] {
 #[inline(always)]
 unsafe fn pairs(x: [int8x16_t; TILE]) -> [[int8x16_t; 2]; 2] {
     unsafe {
-        let [a, b, c, d] = x.map(|x| vreinterpretq_s64_s8(x));
-        let low = [vzip1q_s64(a, b), vzip1q_s64(c, d)];
-        let high = [vzip2q_s64(a, b), vzip2q_s64(c, d)];
-        [low, high].map(|x| x.map(|x| vreinterpretq_s8_s64(x)))
+        let [first, second] = [two_tokens(x[0], x[1]), two_tokens(x[2], x[3])];
+        [[first[0], second[0]], [first[1], second[1]]]
+    }
+}
+
+/// The first and the last 8 bytes of both.
+#[inline(always)]
+unsafe fn two_tokens(a: int8x16_t, b: int8x16_t) -> [int8x16_t; 2] {
+    unsafe {
+        let (a, b) = (vreinterpretq_s64_s8(a), vreinterpretq_s64_s8(b));
+        [vreinterpretq_s8_s64(vzip1q_s64(a, b)), vreinterpretq_s8_s64(vzip2q_s64(a, b))]
+    }
+}
+
+/// 4 bytes of 4 rows, and the next 4 of each, to 8 of each row.
+#[inline(always)]
+unsafe fn four_rows(a: int8x16_t, b: int8x16_t) -> [int8x16_t; 2] {
+    unsafe {
+        let (a, b) = (vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b));
+        [vreinterpretq_s8_s32(vzip1q_s32(a, b)), vreinterpretq_s8_s32(vzip2q_s32(a, b))]
     }
 }
 
@@ -299,7 +310,12 @@ impl Products for Neon {
                     Self::widen(&mut sum, &mut run);
                 }
             }
-            sum.map(|s| [vpaddq_s32(s[0], s[1]), vpaddq_s32(s[2], s[3])])
+            let mut rows = [[vdupq_n_s32(0); 2]; T];
+            for i in 0..T {
+                rows[i][0] = vpaddq_s32(sum[i][0], sum[i][1]);
+                rows[i][1] = vpaddq_s32(sum[i][2], sum[i][3]);
+            }
+            rows
         }
     }
 
