@@ -1,6 +1,7 @@
 //! How 8 rows are read from a panel: one entry for each layout.
 
 use std::arch::aarch64::*;
+use std::arch::asm;
 
 /// 8 rows of one `f32`: rows 0 to 3, rows 4 to 7.
 pub(super) type Lanes = [float32x4_t; 2];
@@ -12,6 +13,17 @@ pub(super) type Words = [int8x16_t; 2];
 #[inline(always)]
 pub(super) fn both<A: Copy, B>(x: [A; 2], f: impl Fn(A) -> B) -> [B; 2] {
     [f(x[0]), f(x[1])]
+}
+
+/// Does nothing, but the compiler cannot know what comes out: it neither computes ahead nor merges
+/// `zip1` and `zip2` with loads and stores to the slower `ld4` and `st2`.
+#[inline(always)]
+pub(super) fn same(mut x: int8x16_t) -> int8x16_t {
+    // SAFETY: there is no instruction.
+    unsafe {
+        asm!("/* {0:v} */", inout(vreg) x, options(pure, nomem, nostack, preserves_flags));
+    }
+    x
 }
 
 /// How 8 rows of one float each are read.
@@ -175,10 +187,9 @@ unsafe fn shifted(x: int8x16_t, n: i32) -> int8x16_t {
 
 /// Adds bits above the fourth: those of `mask`, after `high` was shifted by `n`.
 #[inline(always)]
-unsafe fn with_bits(q: Words, high: Words, n: i32, mask: u8) -> Words {
+unsafe fn with_bits(q: Words, high: Words, n: i32, mask: i8) -> Words {
     unsafe {
-        let mask = vdupq_n_u8(mask);
-        let with = |q, high| vbslq_s8(mask, shifted(high, n), q);
+        let with = |q, high| vorrq_s8(q, vandq_s8(shifted(high, n), vdupq_n_s8(mask)));
         [with(q[0], high[0]), with(q[1], high[1])]
     }
 }

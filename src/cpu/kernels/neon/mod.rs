@@ -11,7 +11,7 @@ mod products;
 use std::arch::aarch64::*;
 
 use self::formats::*;
-use self::products::{Dotprod, I8mm, Neon, Products, same};
+use self::products::{Dotprod, I8mm, Neon, Products};
 
 use super::super::threads::Columns;
 use super::{Activations, LANES, Multiply, Panels, Scratch, TILE};

@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::formats::{Lanes, Quants, Words, both, zeros};
+use super::formats::{Lanes, Quants, Words, both, same, zeros};
 use super::{TILE, Tile, Unpacked, rows};
 
 /// How a level multiplies 8-bit integers.
@@ -38,16 +38,6 @@ pub(super) struct Dotprod;
 
 /// `smmla`: products of 2 x 8 with 8 x 2, and `sdot`.
 pub(super) struct I8mm;
-
-/// Does nothing, but the compiler cannot know.
-#[inline(always)]
-pub(super) fn same(mut x: int8x16_t) -> int8x16_t {
-    // SAFETY: there is no instruction.
-    unsafe {
-        asm!("/* {0:v} */", inout(vreg) x, options(pure, nomem, nostack, preserves_flags));
-    }
-    x
-}
 
 /// 16 elements of each of `T` tokens.
 #[inline(always)]
@@ -233,8 +223,8 @@ unsafe fn pairs(x: [int8x16_t; TILE]) -> [[int8x16_t; 2]; 2] {
 #[inline(always)]
 unsafe fn two_tokens(a: int8x16_t, b: int8x16_t) -> [int8x16_t; 2] {
     unsafe {
-        let (a, b) = (vreinterpretq_s64_s8(a), vreinterpretq_s64_s8(b));
-        [vreinterpretq_s8_s64(vzip1q_s64(a, b)), vreinterpretq_s8_s64(vzip2q_s64(a, b))]
+        let [a, b] = both([a, b], |x| vreinterpretq_s64_s8(same(x)));
+        both([vzip1q_s64(a, b), vzip2q_s64(a, b)], |x| vreinterpretq_s8_s64(x))
     }
 }
 
@@ -243,7 +233,7 @@ unsafe fn two_tokens(a: int8x16_t, b: int8x16_t) -> [int8x16_t; 2] {
 unsafe fn four_rows(a: int8x16_t, b: int8x16_t) -> [int8x16_t; 2] {
     unsafe {
         let (a, b) = (vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b));
-        [vreinterpretq_s8_s32(vzip1q_s32(a, b)), vreinterpretq_s8_s32(vzip2q_s32(a, b))]
+        both([vzip1q_s32(a, b), vzip2q_s32(a, b)], |x| same(vreinterpretq_s8_s32(x)))
     }
 }
 
