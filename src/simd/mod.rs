@@ -375,6 +375,15 @@ mod tests {
         assert_eq!(Level::Neon.is_available(), cfg!(target_arch = "aarch64"));
     }
 
+    /// Tests skip levels that the processor lacks; whoever names one wants it tested.
+    #[test]
+    fn the_level_that_was_asked_for_is_there() {
+        if let Ok(name) = std::env::var("QKOV_SIMD") {
+            let level = Level::ALL.into_iter().find(|l| l.name() == name);
+            assert!(level.is_some_and(Level::is_available), "no {name}");
+        }
+    }
+
     #[test]
     fn exp_is_accurate() {
         let mut worst = 0.0f64;
