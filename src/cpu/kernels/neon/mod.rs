@@ -3,7 +3,7 @@
 //! Three levels differ in how 8-bit products are summed ([`Products`]): by widening multiplications
 //! that every processor has, by dot products of 4 (`sdot`), or by products of 2 rows of 8 with 2 tokens
 //! of 8 (`smmla`). `std` has no stable names for the last two instructions, so they are written as
-//! assembly. One function of each kind serves all three, and all give the same bits.
+//! assembly. Sums are exact until they are scaled, and that goes in one order at all three.
 
 mod formats;
 mod products;
