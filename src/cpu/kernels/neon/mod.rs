@@ -340,7 +340,7 @@ pub(super) unsafe fn products_in_registers(level: Level, rounds: usize) {
 unsafe fn products_of<L: Products>(rounds: usize) {
     unsafe {
         let mut sums = [vdupq_n_s32(0); IN_FLIGHT];
-        let (mut w, x) = ([1, 2, 3, 4].map(|w| vdupq_n_s8(w)), [1, 2, 4, 8].map(|x| vdupq_n_s8(x)));
+        let [mut w, x] = [[1, 2, 3, 4], [3, 5, 7, 9]].map(|x| x.map(|x| same(vdupq_n_s8(x))));
         for _ in 0..rounds {
             for (w, sums) in w.iter_mut().zip(sums.as_chunks_mut::<4>().0) {
                 *w = same(*w);

@@ -329,3 +329,33 @@ impl Products for Neon {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::formats::{Iq4Nl, Mxfp4, Q4_0, Q5_0, Q6K, Q8_0};
+    use super::*;
+
+    fn largest_products<Q: Quants>() {
+        let x = [127i8; 32];
+        let max = Q::MAX as i32;
+        for w in [max.min(127), -max] {
+            // SAFETY: every processor has this level.
+            let sum: [i32; 8] = unsafe {
+                let words = [vdupq_n_s8(w as i8); 2];
+                let [sum] = Neon::group::<Q, 1>(|_| words, x.as_ptr());
+                std::mem::transmute(sum)
+            };
+            assert_eq!(sum, [w * 127 * Q::GROUP as i32; 8]);
+        }
+    }
+
+    #[test]
+    fn sums_of_the_largest_products_fit() {
+        largest_products::<Q4_0>();
+        largest_products::<Q5_0>();
+        largest_products::<Q6K>();
+        largest_products::<Q8_0>();
+        largest_products::<Iq4Nl>();
+        largest_products::<Mxfp4>();
+    }
+}
