@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::Args;
-use clap::builder::PossibleValuesParser;
+use clap::builder::PossibleValue;
+use clap::{Args, ValueEnum};
 
 use super::terminal::note;
 use crate::bad_usage;
@@ -83,25 +83,37 @@ pub(super) struct RunArgs {
     #[arg(long)]
     exact: bool,
     /// Instruction set [default: the best that the processor has]
-    #[arg(long, value_name = "LEVEL", env = "QKOV_SIMD", value_parser = PossibleValuesParser::new(Level::ALL.map(Level::name)))]
-    simd: Option<String>,
+    #[arg(long, value_name = "LEVEL", env = "QKOV_SIMD")]
+    simd: Option<Level>,
     /// Context in tokens [default: as trained, at most 8192]
     #[arg(short, long, value_name = "N")]
     pub(super) ctx: Option<usize>,
     /// Type of cached keys
-    #[arg(long, visible_alias = "ctk", value_name = "TYPE", default_value = "f16", value_parser = cache_types())]
-    cache_type_k: String,
+    #[arg(long, visible_alias = "ctk", value_name = "TYPE", default_value = "f16")]
+    cache_type_k: CacheType,
     /// Type of cached values
-    #[arg(long, visible_alias = "ctv", value_name = "TYPE", default_value = "f16", value_parser = cache_types())]
-    cache_type_v: String,
+    #[arg(long, visible_alias = "ctv", value_name = "TYPE", default_value = "f16")]
+    cache_type_v: CacheType,
 }
 
-fn cache_types() -> PossibleValuesParser {
-    PossibleValuesParser::new(CacheType::ALL.map(CacheType::name))
+impl ValueEnum for Level {
+    fn value_variants<'a>() -> &'a [Level] {
+        &Level::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
 }
 
-fn cache_type(name: &str) -> CacheType {
-    CacheType::ALL.into_iter().find(|ty| ty.name() == name).unwrap_or(CacheType::F16)
+impl ValueEnum for CacheType {
+    fn value_variants<'a>() -> &'a [CacheType] {
+        &CacheType::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
 }
 
 impl RunArgs {
@@ -147,13 +159,12 @@ impl RunArgs {
         let mut options = Options { n_ctx, n_threads, ..Options::default() };
         options.pin = self.pin();
         options.exact = self.exact;
-        let name = self.simd.as_deref();
-        if let Some(level) = Level::ALL.into_iter().find(|l| Some(l.name()) == name)
+        if let Some(level) = self.simd
             && !simd::set_level(level)
         {
             bad_usage!("--simd {}: this processor does not have it", level.name());
         }
-        options.cache = (cache_type(&self.cache_type_k), cache_type(&self.cache_type_v));
+        options.cache = (self.cache_type_k, self.cache_type_v);
         let session = Session::new(model, &options)?;
         session.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         Ok(session)

@@ -14,16 +14,30 @@ pub enum Level {
     /// What every processor of the architecture has.
     Scalar = 1,
     /// x86-64 with AVX2, FMA and F16C.
-    Avx2 = 2,
-    /// And 8-bit products summed in fours, in the encoding of AVX.
-    AvxVnni = 3,
-    /// And 512 bits, with the same.
-    Avx512 = 4,
+    Avx2,
+    /// x86-64: and 8-bit products summed in fours, in the encoding of AVX.
+    AvxVnni,
+    /// x86-64: the same with 512 bits, in the encoding of AVX-512.
+    Avx512,
+    /// aarch64: what every such processor has.
+    Neon,
+    /// aarch64 with dot products of 8-bit integers.
+    Dotprod,
+    /// aarch64 with matrix products of 8-bit integers.
+    I8mm,
 }
 
 impl Level {
-    /// All levels.
-    pub const ALL: [Level; 4] = [Level::Scalar, Level::Avx2, Level::AvxVnni, Level::Avx512];
+    /// All levels, in their order.
+    pub const ALL: [Level; 7] = [
+        Level::Scalar,
+        Level::Avx2,
+        Level::AvxVnni,
+        Level::Avx512,
+        Level::Neon,
+        Level::Dotprod,
+        Level::I8mm,
+    ];
 
     /// The name on the command line and in reports.
     pub fn name(self) -> &'static str {
@@ -32,6 +46,9 @@ impl Level {
             Level::Avx2 => "avx2",
             Level::AvxVnni => "avxvnni",
             Level::Avx512 => "avx512",
+            Level::Neon => "neon",
+            Level::Dotprod => "dotprod",
+            Level::I8mm => "i8mm",
         }
     }
 
@@ -54,7 +71,15 @@ impl Level {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
             }
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => true,
+            #[cfg(target_arch = "aarch64")]
+            Level::Dotprod => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(target_arch = "aarch64")]
+            Level::I8mm => {
+                Level::Dotprod.is_available() && std::arch::is_aarch64_feature_detected!("i8mm")
+            }
+            // Of another architecture.
             _ => false,
         }
     }
@@ -69,13 +94,15 @@ static LEVEL: AtomicU8 = AtomicU8::new(0);
 
 /// The level in use: the best that this processor has, unless another was set.
 pub fn level() -> Level {
-    let level = LEVEL.load(Ordering::Relaxed);
-    if let Some(level) = Level::ALL.into_iter().find(|l| *l as u8 == level) {
-        return level;
+    let known = LEVEL.load(Ordering::Relaxed).checked_sub(1);
+    match known.and_then(|at| Level::ALL.get(usize::from(at))) {
+        Some(level) => *level,
+        None => {
+            let best = Level::best();
+            LEVEL.store(best as u8, Ordering::Relaxed);
+            best
+        }
     }
-    let best = Level::best();
-    LEVEL.store(best as u8, Ordering::Relaxed);
-    best
 }
 
 /// Uses a level from now on; false, and nothing changes, where the processor does not have it.
@@ -374,6 +401,24 @@ per_level! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn levels_are_in_order() {
+        for (i, level) in Level::ALL.into_iter().enumerate() {
+            assert_eq!(level as usize, i + 1);
+        }
+        assert!(Level::best().is_available());
+        assert_eq!(Level::Neon.is_available(), cfg!(target_arch = "aarch64"));
+    }
+
+    /// Tests skip levels that the processor lacks; whoever names one wants it tested.
+    #[test]
+    fn the_level_that_was_asked_for_is_there() {
+        if let Ok(name) = std::env::var("QKOV_SIMD") {
+            let level = Level::ALL.into_iter().find(|l| l.name() == name);
+            assert!(level.is_some_and(Level::is_available), "no {name}");
+        }
+    }
 
     #[test]
     fn exp_is_accurate() {

@@ -7,9 +7,18 @@
 #![allow(unsafe_code)]
 
 mod layout;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+
+#[cfg(target_arch = "aarch64")]
+use neon as native;
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+use scalar as native;
+#[cfg(target_arch = "x86_64")]
+use x86 as native;
 
 pub use layout::{LAYOUTS, layout_of};
 
@@ -118,12 +127,10 @@ type Multiply = unsafe fn(&Panels, &Activations, &mut Scratch, Columns<f32>, usi
 
 /// The functions of a level, in the order of [`LAYOUTS`].
 fn table(level: Level) -> &'static [Multiply] {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(table) = x86::table(level) {
-        return table;
+    match level {
+        Level::Scalar => scalar::table(level),
+        _ => native::table(level),
     }
-    let _ = level;
-    &scalar::TABLE
 }
 
 /// Writes the products of all rows of `x` with all rows of `panels` to `out[t][start..]`.
@@ -164,23 +171,19 @@ pub unsafe fn multiply(
 /// Operations (multiplications and additions) of one round of [`products_in_registers`].
 pub fn ops_per_round() -> usize {
     match simd::level() {
-        Level::Scalar => scalar::OPS_PER_ROUND,
-        #[cfg(target_arch = "x86_64")]
-        level => x86::ops_per_round(level),
-        #[cfg(not(target_arch = "x86_64"))]
-        _ => scalar::OPS_PER_ROUND,
+        Level::Scalar => scalar::ops_per_round(Level::Scalar),
+        level => native::ops_per_round(level),
     }
 }
 
 /// Multiplies and adds 8-bit integers as fast as the level can, without touching memory.
 pub fn products_in_registers(rounds: usize) {
-    match simd::level() {
-        Level::Scalar => scalar::products_in_registers(rounds),
-        // SAFETY: the level is available.
-        #[cfg(target_arch = "x86_64")]
-        level => unsafe { x86::products_in_registers(level, rounds) },
-        #[cfg(not(target_arch = "x86_64"))]
-        _ => scalar::products_in_registers(rounds),
+    // SAFETY: the level is available.
+    unsafe {
+        match simd::level() {
+            Level::Scalar => scalar::products_in_registers(Level::Scalar, rounds),
+            level => native::products_in_registers(level, rounds),
+        }
     }
 }
 

@@ -4,8 +4,14 @@ use half::{bf16, f16};
 
 use super::super::threads::Columns;
 use super::{Activations, LANES, LAYOUTS, Multiply, Panels, Scratch};
+use crate::simd::Level;
 
-pub(super) static TABLE: [Multiply; LAYOUTS.len()] = [
+/// The functions, the same whatever the level.
+pub(super) fn table(_: Level) -> &'static [Multiply] {
+    &TABLE
+}
+
+static TABLE: [Multiply; LAYOUTS.len()] = [
     floats,
     floats,
     floats,
@@ -205,10 +211,13 @@ fn group(name: &str, block: &[u8], i: usize) -> Group {
     }
 }
 
-/// 16 products.
-pub(super) const OPS_PER_ROUND: usize = 16 * 2;
+/// Operations of one round of [`products_in_registers`]: 16 products.
+pub(super) fn ops_per_round(_: Level) -> usize {
+    16 * 2
+}
 
-pub(super) fn products_in_registers(rounds: usize) {
+/// Multiplies and adds without touching memory. Safe; other levels' are not.
+pub(super) unsafe fn products_in_registers(_: Level, rounds: usize) {
     let mut sums = [0i32; 16];
     let (mut q, x) = ([3i8; 16], std::hint::black_box([1i8; 16]));
     for _ in 0..rounds {

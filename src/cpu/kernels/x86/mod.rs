@@ -47,13 +47,12 @@ static AVX2: [Multiply; LAYOUTS.len()] = table!(floats_avx2, integers_avx2);
 static AVX_VNNI: [Multiply; LAYOUTS.len()] = table!(floats_avx2, integers_avx_vnni);
 static AVX512: [Multiply; LAYOUTS.len()] = table!(floats_avx512, integers_avx512);
 
-/// The functions of a level, if it is one of x86-64.
-pub(super) fn table(level: Level) -> Option<&'static [Multiply]> {
+/// The functions of a level of this architecture.
+pub(super) fn table(level: Level) -> &'static [Multiply] {
     match level {
-        Level::Avx2 => Some(&AVX2),
-        Level::AvxVnni => Some(&AVX_VNNI),
-        Level::Avx512 => Some(&AVX512),
-        _ => None,
+        Level::Avx512 => &AVX512,
+        Level::AvxVnni => &AVX_VNNI,
+        _ => &AVX2,
     }
 }
 
