@@ -354,6 +354,12 @@ per_level! {
     }
 }
 
+/// The same; but held in memory for a moment, or the compiler does not see that it makes a vector.
+#[inline(always)]
+fn stored<T>(x: T) -> T {
+    std::hint::black_box(x)
+}
+
 per_level! {
     /// Quantizes one row to 8 bits in blocks of 32: `x = scale * q`, `|q| <= 127`; `sums16` and
     /// `sums32` get the sums of `scale * q` over 16 and 32 elements. The row is whole blocks, and
@@ -371,25 +377,31 @@ per_level! {
         let q = q.as_chunks_mut::<32>().0;
         for (g, x) in x.as_chunks::<32>().0.iter().enumerate() {
             let at = g * tile + lane;
-            let mut lanes = [0.0f32; 8];
+            // Sizes compare like their bits, and whole numbers may be compared in any order.
+            let mut sizes = [0u32; 8];
             for x in x.as_chunks::<8>().0 {
-                for (lane, x) in lanes.iter_mut().zip(x) {
-                    let x = x.abs();
-                    *lane = if x > *lane { x } else { *lane };
+                for i in 0..8 {
+                    sizes[i] = sizes[i].max(x[i].to_bits() & 0x7FFF_FFFF);
                 }
             }
-            let max = lanes.into_iter().fold(0.0, f32::max);
+            let max = f32::from_bits(stored(sizes).into_iter().fold(0, u32::max));
             let scale = max / 127.0;
             let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
             let mut whole = [0i32; 32];
-            for (whole, x) in whole.iter_mut().zip(x) {
+            for i in 0..32 {
                 // The sum's low bits are the rounded number.
-                *whole = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+                whole[i] = (x[i] * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
             }
-            for (q, whole) in q[at].iter_mut().zip(&whole) {
-                *q = *whole as i8;
+            let q = &mut q[at];
+            for i in 0..32 {
+                q[i] = whole[i] as i8;
             }
-            let halves = [0, 16].map(|h| whole[h..h + 16].iter().sum::<i32>());
+            let mut sums = [[0i32; 8]; 2];
+            for i in 0..8 {
+                sums[0][i] = whole[i] + whole[8 + i];
+                sums[1][i] = whole[16 + i] + whole[24 + i];
+            }
+            let halves = stored(sums).map(|half| half.into_iter().sum::<i32>());
             scales[at] = scale;
             sums16[2 * g * tile + lane] = scale * halves[0] as f32;
             sums16[(2 * g + 1) * tile + lane] = scale * halves[1] as f32;
