@@ -7,7 +7,7 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use qkov::cpu::kernels::{Activations, LAYOUTS, Packed, Scratch, multiply, tile_of};
 use qkov::cpu::threads::Columns;
-use qkov::normalizer::{NORMALIZERS, Row};
+use qkov::normalizer::{Choice, NORMALIZERS, Row};
 use qkov::quant::format_named;
 use qkov::simd;
 
@@ -72,12 +72,14 @@ fn normalizers(c: &mut Criterion) {
     let mut group = c.benchmark_group("normalizer, row of 4096");
     let scores: Vec<f32> = floats(4096).iter().map(|x| 100.0 * x).collect();
     group.throughput(Throughput::Elements(scores.len() as u64));
-    for normalizer in NORMALIZERS {
-        group.bench_function(normalizer.name(), |b| {
+    for kind in NORMALIZERS {
+        let choice = Choice::of(kind);
+        let at = Row { position: 4095, n_ctx_train: 4096, ..Row::default() };
+        group.bench_function(kind.name, |b| {
             let mut row = scores.clone();
             b.iter(|| {
                 row.copy_from_slice(&scores);
-                normalizer.row(black_box(&mut row), Row { position: 4095, layer: 0, head: 0 });
+                choice.row(black_box(&mut row), at);
             });
         });
     }

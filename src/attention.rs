@@ -20,6 +20,7 @@ pub struct Attention {
     scale: f32,
     softcap: Option<f32>,
     window: Option<usize>,
+    n_ctx_train: usize,
 }
 
 impl Attention {
@@ -33,6 +34,7 @@ impl Attention {
             scale: hparams.attn_scale,
             softcap: hparams.attn_softcap,
             window: at.window,
+            n_ctx_train: hparams.n_ctx_train,
         }
     }
 
@@ -51,6 +53,7 @@ impl Attention {
         if let Some(cap) = self.softcap {
             simd::softcap(scores, cap);
         }
-        self.plan.normalizers[head].row(scores, Row { position, layer: self.layer, head });
+        let at = Row { position, layer: self.layer, head, n_ctx_train: self.n_ctx_train };
+        self.plan.normalizers[head].row(scores, at);
     }
 }

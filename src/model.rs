@@ -91,6 +91,12 @@ pub struct Linear {
     pub bias: Option<Vec<f32>>,
 }
 
+/// The attention of every layer, bound to a plan.
+fn attention(hparams: &Hparams, plan: &Plan) -> Vec<Attention> {
+    let layers = plan.layers.iter().enumerate();
+    layers.map(|(i, layer)| Attention::new(hparams, i, layer.clone())).collect()
+}
+
 /// A norm's gain and bias.
 pub struct NormWeight {
     /// Factor per element.
@@ -118,6 +124,13 @@ impl Model {
     /// Opens the model at `path`.
     pub fn open(path: &Path) -> Result<Model> {
         Model::from_gguf(Gguf::open(path)?).map_err(|e| e.at(path))
+    }
+
+    /// Replaces normalizers; see [`Plan::set_normalizers`].
+    pub fn set_normalizers(&mut self, text: &str) -> Result<()> {
+        self.plan.set_normalizers(text)?;
+        self.attention = attention(&self.hparams, &self.plan);
+        Ok(())
     }
 
     /// Builds the model of an open file.
@@ -162,8 +175,7 @@ impl Model {
         let mut warnings = [gguf.warnings.clone(), tokenizer.warnings.clone()].concat();
         warnings.extend(bind.unknown());
         let plan = Plan::trained(hp)?;
-        let attention = plan.layers.iter().enumerate();
-        let attention = attention.map(|(i, p)| Attention::new(hp, i, p.clone())).collect();
+        let attention = attention(hp, &plan);
         Ok(Model {
             tokenizer,
             plan,

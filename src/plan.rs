@@ -1,10 +1,13 @@
 //! The plan: which form, mask and normalizer every layer and head uses.
 
+use std::ops::Range;
+
 use crate::arch::Hparams;
+use crate::bad_usage;
 use crate::error::Result;
 use crate::mask::{self, Mask};
 use crate::merge::{self, Form};
-use crate::normalizer::{self, Normalizer};
+use crate::normalizer::{self, Choice};
 
 /// One choice per layer.
 pub struct Plan {
@@ -20,34 +23,71 @@ pub struct LayerPlan {
     /// Which keys are seen.
     pub mask: &'static dyn Mask,
     /// Indexed by query head.
-    pub normalizers: Vec<&'static dyn Normalizer>,
+    pub normalizers: Vec<Choice>,
 }
 
 impl Plan {
     /// The model as trained: `split`, `causal`, `softmax`.
     pub fn trained(hparams: &Hparams) -> Result<Plan> {
         let (form, mask) = (merge::find("split")?, mask::find("causal")?);
-        let softmax = normalizer::find("softmax")?;
-        let layer = |n_head| LayerPlan { form, mask, normalizers: vec![softmax; n_head] };
+        let softmax = Choice::of(normalizer::find("softmax")?);
+        let layer = |n_head| LayerPlan { form, mask, normalizers: vec![softmax.clone(); n_head] };
         Ok(Plan { layers: hparams.layers.iter().map(|l| layer(l.n_head)).collect() })
     }
 
-    /// Names in use, each once, as reports carry them: normalizers, forms, masks.
+    /// Chooses normalizers: `NAME[:key=value,..]` for all heads, or several of
+    /// `LAYERS[.HEADS]=NAME[:key=value,..]` with `;` between them, later ones over earlier ones. Layers
+    /// and heads are `*`, a number, or two with `-` between them, both included.
+    pub fn set_normalizers(&mut self, text: &str) -> Result<()> {
+        for item in text.split(';').map(str::trim).filter(|item| !item.is_empty()) {
+            let is_selector = |c: char| c.is_ascii_digit() || " *-.".contains(c);
+            let (selector, choice) = match item.split_once('=') {
+                Some((before, after)) if before.chars().all(is_selector) => (before, after),
+                _ => ("*", item),
+            };
+            let choice = Choice::parse(choice)?;
+            let (layers, heads) = selector.split_once('.').unwrap_or((selector, "*"));
+            let n_layer = self.layers.len();
+            for layer in &mut self.layers[range("layer", layers, n_layer)?] {
+                let n_head = layer.normalizers.len();
+                layer.normalizers[range("head", heads, n_head)?].fill(choice.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// What is in use, each once, as reports carry it: normalizers with their parameters, forms, masks.
     pub fn names(&self) -> [String; 3] {
-        let once = |names: Vec<&'static str>| {
-            let mut seen: Vec<&str> = Vec::new();
-            names.into_iter().for_each(|n| {
-                if !seen.contains(&n) {
-                    seen.push(n)
+        let once = |names: &mut dyn Iterator<Item = String>| {
+            let mut seen: Vec<String> = Vec::new();
+            for name in names {
+                if !seen.contains(&name) {
+                    seen.push(name);
                 }
-            });
+            }
             seen.join("+")
         };
         let layers = &self.layers;
         [
-            once(layers.iter().flat_map(|l| l.normalizers.iter().map(|n| n.name())).collect()),
-            once(layers.iter().map(|l| l.form.name()).collect()),
-            once(layers.iter().map(|l| l.mask.name()).collect()),
+            once(&mut layers.iter().flat_map(|l| l.normalizers.iter().map(Choice::text))),
+            once(&mut layers.iter().map(|l| l.form.name().to_string())),
+            once(&mut layers.iter().map(|l| l.mask.name().to_string())),
         ]
+    }
+}
+
+/// The part of `n` layers or heads that `text` selects.
+fn range(what: &str, text: &str, n: usize) -> Result<Range<usize>> {
+    let number = |text: &str| text.trim().parse::<usize>().ok().filter(|i| *i < n);
+    let ends =
+        text.split_once('-').map_or((number(text), number(text)), |(a, b)| (number(a), number(b)));
+    match ends {
+        _ if text.trim() == "*" => Ok(0..n),
+        (Some(first), Some(last)) if first <= last => Ok(first..last + 1),
+        _ => bad_usage!(
+            "{what} \"{text}\"; allowed *, numbers 0 to {}, or two of them as 0-{}",
+            n - 1,
+            n - 1
+        ),
     }
 }

@@ -150,7 +150,7 @@ impl Bench {
     fn open(&self) -> Result<Arc<Model>> {
         let Some(name) = &self.shape else { return self.run.open() };
         let gguf = shape::synthetic(shape::find(name)?, &self.mixture)?;
-        Ok(Arc::new(Model::from_gguf(gguf)?))
+        self.run.planned(Model::from_gguf(gguf)?)
     }
 
     fn name(&self) -> String {

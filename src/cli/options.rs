@@ -88,6 +88,10 @@ pub(super) struct RunArgs {
     /// Context in tokens [default: as trained, at most 8192]
     #[arg(short, long, value_name = "N")]
     pub(super) ctx: Option<usize>,
+    /// Normalizer instead of softmax: NAME[:key=value,..] for all heads, or by layers and heads,
+    /// such as '*=softmax;0-3=sigmoid;5.2=entmax:alpha=1.1'
+    #[arg(long, value_name = "PLAN")]
+    norm: Option<String>,
     /// Type of cached keys
     #[arg(long, visible_alias = "ctk", value_name = "TYPE", default_value = "f16")]
     cache_type_k: CacheType,
@@ -120,6 +124,14 @@ impl RunArgs {
     /// Opens the model; warnings go to stderr.
     pub(super) fn open(&self) -> Result<Arc<Model>> {
         let model = Model::from_gguf(self.model.gguf()?).map_err(|e| self.model.at(e))?;
+        self.planned(model)
+    }
+
+    /// A model with the normalizers that were asked for.
+    pub(super) fn planned(&self, mut model: Model) -> Result<Arc<Model>> {
+        if let Some(text) = &self.norm {
+            model.set_normalizers(text)?;
+        }
         model.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         Ok(Arc::new(model))
     }

@@ -1,21 +1,31 @@
 //! Normalizers: what turns one row of attention scores into weights.
+//!
+//! A [`Kind`] is an entry of the registry: a name, a formula with its paper, parameters with defaults
+//! and ranges. A [`Choice`] is a kind with values for its parameters, and for those that all kinds
+//! have ([`COMMON`]): `softmax`, `entmax:alpha=1.1`, `sigmoid:offset=2,renorm=l1`.
 
+mod entmax;
+mod length;
+mod pointwise;
+mod rectified;
 mod softmax;
+mod truncate;
 
-use crate::error::{Error, Result};
+use std::sync::{Arc, RwLock};
+
+use crate::bad_usage;
+use crate::error::Result;
+use crate::simd;
 
 /// Turns scores into weights, one row at a time.
 pub trait Normalizer: Sync + Send {
-    /// The name on the command line and in files.
-    fn name(&self) -> &'static str;
-
     /// Replaces the scores of the visible keys by their weights. A row is never empty, and holds
     /// no masked keys: the mask has removed them. NaN in gives NaN out.
     fn row(&self, scores: &mut [f32], at: Row);
 }
 
 /// Where a row of scores belongs. The number of visible keys is the row's length.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Row {
     /// Position of the query in the sequence, from 0.
     pub position: usize,
@@ -23,15 +33,372 @@ pub struct Row {
     pub layer: usize,
     /// Query head, from 0.
     pub head: usize,
+    /// Tokens of the context that the model was trained with.
+    pub n_ctx_train: usize,
 }
 
-/// Every normalizer.
-pub static NORMALIZERS: &[&dyn Normalizer] = &[&softmax::Softmax];
+/// What a row costs beside the products with keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Every weight depends on its own score and the length of the row alone.
+    Pointwise,
+    /// One pass with running sums.
+    Streaming,
+    /// A statistic of the whole row comes before the weights.
+    TwoPass,
+    /// Scores are selected, sorted, or a root is searched.
+    Selecting,
+    /// Weights depend on the order of the keys.
+    Ordered,
+}
 
-/// The normalizer of this name.
-pub fn find(name: &str) -> Result<&'static dyn Normalizer> {
-    NORMALIZERS.iter().find(|n| n.name() == name).copied().ok_or_else(|| {
-        let known: Vec<_> = NORMALIZERS.iter().map(|n| n.name()).collect();
-        Error::Usage(format!("normalizer \"{name}\" is not known; known: {}", known.join(", ")))
+/// A parameter of a kind.
+#[derive(Debug, Clone, Copy)]
+pub struct Param {
+    /// The name.
+    pub name: &'static str,
+    /// Meaning, and unit where there is one.
+    pub what: &'static str,
+    /// The value unless given.
+    pub default: f32,
+    /// What is allowed.
+    pub domain: Domain,
+}
+
+/// Values that a parameter may have.
+#[derive(Debug, Clone, Copy)]
+pub enum Domain {
+    /// Both ends included.
+    From(f32, f32),
+    /// The lower end excluded, the upper included.
+    Above(f32, f32),
+    /// Whole numbers, both ends included.
+    Whole(f32, f32),
+    /// One of these words; the value is its index.
+    Word(&'static [&'static str]),
+}
+
+/// An entry of the registry.
+pub struct Kind {
+    /// The name on the command line and in files.
+    pub name: &'static str,
+    /// Weights `w` of scores `x` of `n` visible keys.
+    pub formula: &'static str,
+    /// Where it was published.
+    pub paper: &'static str,
+    /// Its parameters.
+    pub params: &'static [Param],
+    /// What it costs.
+    pub class: Class,
+    /// Whether, with its defaults, a constant added to all scores of a row changes nothing.
+    pub shift_invariant: bool,
+    /// Whether, with its defaults, the weights of a row sum to 1.
+    pub sums_to_one: bool,
+    /// Makes one with these values, in the order of `params`.
+    pub make: fn(&[f32]) -> Box<dyn Normalizer>,
+}
+
+/// Unlimited above.
+pub const MAX: f32 = f32::MAX;
+
+/// A parameter.
+pub const fn param(name: &'static str, what: &'static str, default: f32, domain: Domain) -> Param {
+    Param { name, what, default, domain }
+}
+
+/// Parameters that every kind has. Scores are mapped to `scale x + offset + offset_n ln n` before the
+/// kind sees them, and its weights are multiplied by `gain`.
+pub static COMMON: &[Param] = &[
+    param("scale", "factor on scores", 1.0, Domain::From(-MAX, MAX)),
+    param("offset", "added to scores", 0.0, Domain::From(-MAX, MAX)),
+    param("offset_n", "added to scores, times ln n", 0.0, Domain::From(-MAX, MAX)),
+    param("gain", "factor on weights", 1.0, Domain::From(-MAX, MAX)),
+    param(
+        "renorm",
+        "divides weights by the sum of their sizes",
+        0.0,
+        Domain::Word(&["none", "l1"]),
+    ),
+    param("sinks", "first keys that keep their softmax weights", 0.0, Domain::Whole(0.0, 1024.0)),
+];
+
+/// Every kind that the program has.
+pub static NORMALIZERS: &[&Kind] = &[
+    &softmax::SOFTMAX,
+    &softmax::TEMPERATURE,
+    &softmax::SOFTCAP,
+    &softmax::SOFTMAX1,
+    &softmax::SOFTMAX_N,
+    &softmax::SINK,
+    &softmax::SOFTERMAX,
+    &softmax::SIGSOFTMAX,
+    &softmax::L2,
+    &softmax::GUMBEL,
+    &softmax::DIFFERENTIAL,
+    &length::SSMAX,
+    &length::LOG_N,
+    &length::LLAMA4,
+    &length::YARN,
+    &length::ADAPTIVE,
+    &truncate::TOP_K,
+    &truncate::TOP_P,
+    &truncate::THRESHOLD,
+    &truncate::SKIP,
+    &truncate::HARDMAX,
+    &truncate::CLIPPED,
+    &entmax::SPARSEMAX,
+    &entmax::ENTMAX15,
+    &entmax::ENTMAX,
+    &entmax::ASENTMAX,
+    &pointwise::SIGMOID,
+    &pointwise::RELU,
+    &pointwise::RELU2,
+    &pointwise::SOFTPLUS,
+    &pointwise::SQUAREPLUS,
+    &pointwise::ELU1,
+    &pointwise::TAYLOR2,
+    &pointwise::POWER,
+    &pointwise::CONSMAX,
+    &pointwise::LAPLACE,
+    &pointwise::POLYMAX,
+    &rectified::SOFTPICK,
+    &rectified::LSSA,
+    &rectified::LSSAR,
+    &rectified::REWEIGHT,
+    &rectified::STICK_BREAKING,
+    &rectified::HCCS,
+];
+
+static REGISTERED: RwLock<Vec<&'static Kind>> = RwLock::new(Vec::new());
+
+/// Adds a kind of one's own; it can then be chosen by its name like any other.
+pub fn register(kind: &'static Kind) -> Result<()> {
+    if kinds().iter().any(|k| k.name == kind.name) {
+        bad_usage!("normalizer \"{}\" exists already", kind.name);
+    }
+    if let Ok(mut registered) = REGISTERED.write() {
+        registered.push(kind);
+    }
+    Ok(())
+}
+
+/// Every kind, those registered from outside last.
+pub fn kinds() -> Vec<&'static Kind> {
+    let registered = REGISTERED.read().map(|r| r.clone()).unwrap_or_default();
+    [NORMALIZERS, &registered].concat()
+}
+
+/// The kind of this name.
+pub fn find(name: &str) -> Result<&'static Kind> {
+    let kinds = kinds();
+    match kinds.iter().find(|k| k.name == name) {
+        Some(kind) => Ok(kind),
+        None => {
+            let known: Vec<_> = kinds.iter().map(|k| k.name).collect();
+            bad_usage!("normalizer \"{name}\" is not known; known: {}", known.join(", "))
+        }
+    }
+}
+
+/// A kind with values for its parameters.
+#[derive(Clone)]
+pub struct Choice {
+    kind: &'static Kind,
+    /// Of the kind's parameters, then of [`COMMON`].
+    values: Vec<f32>,
+    inner: Arc<dyn Normalizer>,
+    /// Whether the common parameters change nothing.
+    plain: bool,
+}
+
+impl Choice {
+    /// A kind with its defaults.
+    pub fn of(kind: &'static Kind) -> Choice {
+        let values = kind.params.iter().chain(COMMON).map(|p| p.default).collect();
+        Choice::with(kind, values)
+    }
+
+    fn with(kind: &'static Kind, values: Vec<f32>) -> Choice {
+        let (own, common) = values.split_at(kind.params.len());
+        let plain = common.iter().zip(COMMON).all(|(value, param)| *value == param.default);
+        let inner = Arc::from((kind.make)(own));
+        Choice { kind, values, inner, plain }
+    }
+
+    /// Reads `NAME[:key=value,..]`.
+    pub fn parse(text: &str) -> Result<Choice> {
+        let (name, rest) = text.split_once(':').unwrap_or((text, ""));
+        let kind = find(name.trim())?;
+        let mut choice = Choice::of(kind);
+        for pair in rest.split(',').map(str::trim).filter(|p| !p.is_empty()) {
+            let Some((key, value)) = pair.split_once('=') else {
+                bad_usage!("normalizer {name}: \"{pair}\" is not key=value");
+            };
+            choice.set(key.trim(), value.trim())?;
+        }
+        Ok(Choice::with(kind, choice.values))
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Result<()> {
+        let name = self.kind.name;
+        let params = || self.kind.params.iter().chain(COMMON);
+        let Some(i) = params().position(|p| p.name == key) else {
+            let known: Vec<_> = params().map(Param::describe).collect();
+            bad_usage!("normalizer {name} has no parameter \"{key}\"; it has {}", known.join(", "));
+        };
+        match params().nth(i).and_then(|p| p.domain.read(value)) {
+            Some(value) => self.values[i] = value,
+            None => {
+                let domain = params().nth(i).map(|p| p.domain.to_string()).unwrap_or_default();
+                bad_usage!("normalizer {name}: {key} = {value}; allowed {domain}")
+            }
+        }
+        Ok(())
+    }
+
+    /// The kind.
+    pub fn kind(&self) -> &'static Kind {
+        self.kind
+    }
+
+    /// What [`Choice::parse`] reads, with those values that are not defaults.
+    pub fn text(&self) -> String {
+        let params = self.kind.params.iter().chain(COMMON);
+        let given: Vec<String> = params
+            .zip(&self.values)
+            .filter(|(p, value)| p.default != **value)
+            .map(|(p, value)| format!("{}={}", p.name, p.domain.show(*value)))
+            .collect();
+        match given.is_empty() {
+            true => self.kind.name.into(),
+            false => format!("{}:{}", self.kind.name, given.join(",")),
+        }
+    }
+
+    /// Turns scores into weights. See [`Normalizer::row`].
+    pub fn row(&self, scores: &mut [f32], at: Row) {
+        if self.plain {
+            return self.inner.row(scores, at);
+        }
+        let [scale, offset, offset_n, gain, renorm, sinks] = self.values[self.kind.params.len()..]
+        else {
+            return;
+        };
+        let sinks = (sinks as usize).min(scores.len());
+        let mut kept = 0.0;
+        let mut first = [0.0f32; 16];
+        let mut more = Vec::new();
+        let first = match sinks {
+            0..=16 => &mut first[..sinks],
+            _ => {
+                more.resize(sinks, 0.0);
+                &mut more[..]
+            }
+        };
+        if sinks > 0 {
+            // Weights that softmax gives to the first keys, which the others must leave to them.
+            let max = simd::max(scores);
+            let sum = simd::sum_of_exp(scores, max);
+            for (kept_here, x) in first.iter_mut().zip(scores.iter()) {
+                *kept_here = simd::exp1(x - max) / sum;
+                kept += *kept_here;
+            }
+        }
+        let rest = &mut scores[sinks..];
+        if !rest.is_empty() {
+            let offset = offset + offset_n * (rest.len() as f32).ln();
+            simd::map(rest, |x| scale * x + offset);
+            self.inner.row(rest, at);
+            if renorm == 1.0 {
+                let size = simd::sum_of_sizes(rest);
+                simd::scale(rest, if size > 0.0 { 1.0 / size } else { 0.0 });
+            }
+            simd::scale(rest, gain * (1.0 - kept));
+        }
+        scores[..sinks].copy_from_slice(first);
+    }
+}
+
+impl Param {
+    /// Name, default and range, as messages show them.
+    pub fn describe(&self) -> String {
+        format!("{} (default {}, {})", self.name, self.domain.show(self.default), self.domain)
+    }
+}
+
+impl Domain {
+    fn read(&self, text: &str) -> Option<f32> {
+        if let Domain::Word(words) = self {
+            return words.iter().position(|w| *w == text).map(|i| i as f32);
+        }
+        let value: f32 = text.parse().ok()?;
+        let inside = match self {
+            Domain::From(a, b) => (*a..=*b).contains(&value),
+            Domain::Above(a, b) => value > *a && value <= *b,
+            Domain::Whole(a, b) => (*a..=*b).contains(&value) && value.fract() == 0.0,
+            Domain::Word(_) => false,
+        };
+        inside.then_some(value)
+    }
+
+    fn show(&self, value: f32) -> String {
+        match self {
+            Domain::Word(words) => words.get(value as usize).unwrap_or(&"").to_string(),
+            _ => value.to_string(),
+        }
+    }
+}
+
+impl std::fmt::Display for Domain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Domain::From(a, b) if *b < MAX => write!(f, "{a} to {b}"),
+            Domain::From(a, _) if *a > -MAX => write!(f, "{a} or more"),
+            Domain::From(..) => write!(f, "any number"),
+            Domain::Above(a, b) if *b < MAX => write!(f, "more than {a}, at most {b}"),
+            Domain::Above(a, _) => write!(f, "more than {a}"),
+            Domain::Whole(a, b) => write!(f, "whole numbers {a} to {b}"),
+            Domain::Word(words) => write!(f, "{}", words.join(" or ")),
+        }
+    }
+}
+
+thread_local! {
+    static COPY: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+/// Calls `work` with a row and a copy of it, in memory of this thread.
+fn with_copy<T>(x: &mut [f32], work: impl FnOnce(&mut [f32], &mut Vec<f32>) -> T) -> T {
+    COPY.with_borrow_mut(|copy| {
+        copy.clear();
+        copy.extend_from_slice(x);
+        work(x, copy)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::Level;
+
+    #[test]
+    fn every_level_gives_the_same_bits() {
+        let row: Vec<f32> = (0..1037).map(|i| (i * 7919 % 1009) as f32 * 0.02 - 9.0).collect();
+        let weights = || -> Vec<Vec<u32>> {
+            let of = |kind: &&'static Kind| {
+                let mut row = row.clone();
+                Choice::of(kind).row(&mut row, Row { n_ctx_train: 512, ..Row::default() });
+                row.into_iter().map(f32::to_bits).collect()
+            };
+            NORMALIZERS.iter().map(of).collect()
+        };
+        let best = simd::level();
+        let fast = weights();
+        assert!(simd::set_level(Level::Scalar));
+        let plain = weights();
+        simd::set_level(best);
+        for (kind, (fast, plain)) in NORMALIZERS.iter().zip(fast.iter().zip(&plain)) {
+            assert!(fast == plain, "{}", kind.name);
+        }
+    }
 }

@@ -11,6 +11,7 @@ mod cli;
 mod golden;
 mod layers;
 mod mutations;
+mod normalizers;
 mod quant;
 mod sampler;
 mod template;

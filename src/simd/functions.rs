@@ -1,0 +1,471 @@
+//! Elementary functions on vectors of `f32`, each with the same bits on every level.
+
+use super::{Function, Level, level, per_level};
+
+const LANES: usize = 16;
+
+/// The sum of lanes as a tree.
+#[inline(always)]
+fn tree(mut lanes: [f32; LANES]) -> f32 {
+    let mut n = LANES;
+    while n > 1 {
+        n /= 2;
+        for i in 0..n {
+            lanes[i] += lanes[i + n];
+        }
+    }
+    lanes[0]
+}
+
+/// The sum of `f(x)`, in lanes.
+#[inline(always)]
+fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane += f(*x);
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += f(*x);
+    }
+    tree(lanes)
+}
+
+/// `e^x` to about 1 unit in the last place: `2^n e^r` with `|r| <= ln 2 / 2`, by the polynomial of
+/// Cephes' `expf`. 0 below -87.3; NaN stays NaN.
+#[inline(always)]
+pub fn exp1(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    // ln 2 in two parts, so that n * ln 2 is exact enough.
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number.
+    let clamped = if x > 88.3 { 88.3 } else { x };
+    let n = clamped * LOG2_E + ROUND;
+    let whole = n - ROUND;
+    let r = clamped - whole * LN2_HIGH - whole * LN2_LOW;
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = p * r + c;
+    }
+    let p = p * r * r + r + 1.0;
+    // The low bits of `n` are the exponent; only those below 2^7 are ever used.
+    let power = f32::from_bits((n.to_bits() << 23).wrapping_add(0x3F80_0000));
+    let y = p * power;
+    if x < -87.3 { 0.0 } else { y }
+}
+
+per_level! {
+    /// The largest element; NaN is skipped, and of nothing it is -inf.
+    pub fn max(x: &[f32]) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let (whole, rest) = x.as_chunks::<LANES>();
+        for x in whole {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *lane = if *x > *lane { *x } else { *lane };
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *lane = if *x > *lane { *x } else { *lane };
+        }
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+per_level! {
+    /// `x = e^(x - max)`; returns the sum.
+    pub fn exp_minus(x: &mut [f32], max: f32) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (whole, rest) = x.as_chunks_mut::<LANES>();
+        for x in whole {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *x = exp1(*x - max);
+                *lane += *x;
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *x = exp1(*x - max);
+            *lane += *x;
+        }
+        tree(lanes)
+    }
+}
+
+per_level! {
+    /// The dot product of two vectors of one length.
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (a, a_rest) = a.as_chunks::<LANES>();
+        let (b, b_rest) = b.as_chunks::<LANES>();
+        for (a, b) in a.iter().zip(b) {
+            for i in 0..LANES {
+                lanes[i] += a[i] * b[i];
+            }
+        }
+        for (lane, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+            *lane += a * b;
+        }
+        tree(lanes)
+    }
+}
+
+per_level! {
+    /// `x *= factor`.
+    pub fn scale(x: &mut [f32], factor: f32) {
+        x.iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
+per_level! {
+    /// `a += b`.
+    pub fn add(a: &mut [f32], b: &[f32]) {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+    }
+}
+
+per_level! {
+    /// `a += factor * b`.
+    pub fn add_scaled(a: &mut [f32], factor: f32, b: &[f32]) {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += factor * b);
+    }
+}
+
+per_level! {
+    /// The sum.
+    pub fn sum(x: &[f32]) -> f32 {
+        sum_of(x, |x| x)
+    }
+}
+
+per_level! {
+    /// The sum of `(x - shift)^2`.
+    pub fn squares(x: &[f32], shift: f32) -> f32 {
+        sum_of(x, |x| (x - shift) * (x - shift))
+    }
+}
+
+per_level! {
+    /// `x = (x - shift) * factor * w`.
+    pub fn shift_scale(x: &mut [f32], shift: f32, factor: f32, w: &[f32]) {
+        x.iter_mut().zip(w).for_each(|(x, w)| *x = (*x - shift) * factor * w);
+    }
+}
+
+per_level! {
+    /// `x = x * sigmoid(x)`.
+    pub fn silu(x: &mut [f32]) {
+        x.iter_mut().for_each(|x| *x /= 1.0 + exp1(-*x));
+    }
+}
+
+per_level! {
+    /// `a *= b`.
+    pub fn multiply(a: &mut [f32], b: &[f32]) {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a *= b);
+    }
+}
+
+per_level! {
+    /// `out = a * b`, where `b` are finite half-precision numbers as bytes.
+    pub fn multiply_halves(out: &mut [f32], a: &[f32], b: &[u8]) {
+        // Moved to where a float has its exponent, and freed of the difference of the biases.
+        const BIASES: f32 = f32::from_bits((127 + 127 - 15) << 23);
+        let b = b.as_chunks::<2>().0;
+        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+            let bits = u32::from(u16::from_le_bytes(*b));
+            let size = f32::from_bits((bits & 0x7FFF) << 13) * BIASES;
+            *out = a * f32::from_bits(size.to_bits() | (bits & 0x8000) << 16);
+        }
+    }
+}
+
+/// `ln x` for normal `x > 0`, by the polynomial of Cephes' `logf`.
+#[inline(always)]
+pub fn ln1(x: f32) -> f32 {
+    const SQRT_HALF: f32 = std::f32::consts::FRAC_1_SQRT_2;
+    let bits = x.to_bits();
+    // x = m 2^e with m in [1/2, 1), then in [sqrt(1/2), sqrt 2).
+    let e = (bits >> 23) as i32 - 126;
+    let m = f32::from_bits(bits & 0x007F_FFFF | 0x3F00_0000);
+    let low = m < SQRT_HALF;
+    let e = (if low { e - 1 } else { e }) as f32;
+    let m = (if low { m + m } else { m }) - 1.0;
+    let mut p = 7.037_683_6e-2;
+    for c in [
+        -1.151_461e-1,
+        1.167_699_9e-1,
+        -1.242_014_1e-1,
+        1.424_932_3e-1,
+        -1.666_805_8e-1,
+        2.000_071_5e-1,
+        -2.499_999_4e-1,
+        3.333_333e-1,
+    ] {
+        p = p * m + c;
+    }
+    let square = m * m;
+    // ln 2 in two parts, as in `exp1`.
+    let y = p * m * square + e * -2.121_944_4e-4 - 0.5 * square;
+    m + y + e * 0.693_359_4
+}
+
+/// `ln(1 + e^x)`
+#[inline(always)]
+pub fn softplus1(x: f32) -> f32 {
+    let e = exp1(if x > 0.0 { -x } else { x });
+    // Kahan's way to keep the digits of e that 1 + e loses.
+    let u = 1.0 + e;
+    let log = if u == 1.0 { e } else { ln1(u) * (e / (u - 1.0)) };
+    (if x > 0.0 { x } else { 0.0 }) + log
+}
+
+/// `max(x, 0)^r`; NaN stays NaN.
+#[inline(always)]
+pub fn power(x: f32, r: f32) -> f32 {
+    let y = exp1(r * ln1(x));
+    if x < f32::MIN_POSITIVE {
+        0.0
+    } else if x.is_nan() {
+        x
+    } else {
+        y
+    }
+}
+
+per_level! {
+    /// `x = f(x)`
+    pub fn map<F: Function>(x: &mut [f32], f: F) {
+        x.iter_mut().for_each(|x| *x = f(*x));
+    }
+}
+
+per_level! {
+    /// `x = f(x)`; returns the sum.
+    pub fn map_sum<F: Function>(x: &mut [f32], f: F) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (whole, rest) = x.as_chunks_mut::<LANES>();
+        for x in whole {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *x = f(*x);
+                *lane += *x;
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *x = f(*x);
+            *lane += *x;
+        }
+        tree(lanes)
+    }
+}
+
+per_level! {
+    /// The sum of `e^(x - max)`.
+    pub fn sum_of_exp(x: &[f32], max: f32) -> f32 {
+        sum_of(x, |x| exp1(x - max))
+    }
+}
+
+per_level! {
+    /// The sum of `|x|`.
+    pub fn sum_of_sizes(x: &[f32]) -> f32 {
+        sum_of(x, f32::abs)
+    }
+}
+
+per_level! {
+    /// The sum of those at least `least`.
+    pub fn sum_from(x: &[f32], least: f32) -> f32 {
+        sum_of(x, |x| if x >= least { x } else { 0.0 })
+    }
+}
+
+per_level! {
+    /// The sums of `max(x - tau, 0)^r` and of `max(x - tau, 0)^(r - 1)`.
+    pub fn power_sums(x: &[f32], tau: f32, r: f32) -> [f32; 2] {
+        let mut lanes = [[0.0f32; LANES]; 2];
+        let (whole, rest) = x.as_chunks::<LANES>();
+        let mut add = |i: usize, x: f32| {
+            let u = x - tau;
+            let y = exp1((r - 1.0) * ln1(u));
+            let y = if u < f32::MIN_POSITIVE { 0.0 } else { y };
+            lanes[0][i] += y * u;
+            lanes[1][i] += y;
+        };
+        for x in whole {
+            x.iter().enumerate().for_each(|(i, x)| add(i, *x));
+        }
+        rest.iter().enumerate().for_each(|(i, x)| add(i, *x));
+        lanes.map(tree)
+    }
+}
+
+per_level! {
+    /// All words xored; a way to read memory and do little else.
+    pub fn xor(bytes: &[u8]) -> u64 {
+        let mut lanes = [0u64; 16];
+        for words in bytes.as_chunks::<128>().0 {
+            for (lane, word) in lanes.iter_mut().zip(words.as_chunks::<8>().0) {
+                *lane ^= u64::from_le_bytes(*word);
+            }
+        }
+        lanes.iter().fold(0, |a, b| a ^ b)
+    }
+}
+
+/// `tanh x = 1 - 2 / (e^(2 x) + 1)`, and the first terms of its series near 0.
+#[inline(always)]
+fn tanh1(x: f32) -> f32 {
+    let square = x * x;
+    let small = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0)));
+    let large = 1.0 - 2.0 / (exp1(2.0 * x) + 1.0);
+    if square < 0.01 { small } else { large }
+}
+
+per_level! {
+    /// GELU in its tanh approximation (arXiv 1606.08415).
+    pub fn gelu_tanh(x: &mut [f32]) {
+        const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+        x.iter_mut().for_each(|x| {
+            let inner = SQRT_2_OVER_PI * (*x + 0.044_715 * *x * *x * *x);
+            *x = 0.5 * *x * (1.0 + tanh1(inner));
+        });
+    }
+}
+
+per_level! {
+    /// `x = cap * tanh(x / cap)`.
+    pub fn softcap(x: &mut [f32], cap: f32) {
+        x.iter_mut().for_each(|x| *x = cap * tanh1(*x / cap));
+    }
+}
+
+/// The same; but held in memory for a moment, or the compiler does not see that it makes a vector.
+#[inline(always)]
+fn stored<T>(x: T) -> T {
+    std::hint::black_box(x)
+}
+
+per_level! {
+    /// Quantizes one row to 8 bits in blocks of 32: `x = scale * q`, `|q| <= 127`; `sums16` and
+    /// `sums32` get the sums of `scale * q` over 16 and 32 elements. The row is whole blocks, and
+    /// its blocks, scales and sums take every `tile`-th place from `lane` on.
+    pub fn quantize(
+        x: &[f32],
+        lane: usize,
+        tile: usize,
+        q: &mut [i8],
+        scales: &mut [f32],
+        sums16: &mut [f32],
+        sums32: &mut [f32]
+    ) {
+        const ROUND: f32 = 12_582_912.0;
+        let q = q.as_chunks_mut::<32>().0;
+        for (g, x) in x.as_chunks::<32>().0.iter().enumerate() {
+            let at = g * tile + lane;
+            // Sizes compare like their bits, and whole numbers may be compared in any order.
+            let mut sizes = [0u32; 8];
+            for x in x.as_chunks::<8>().0 {
+                for i in 0..8 {
+                    sizes[i] = sizes[i].max(x[i].to_bits() & 0x7FFF_FFFF);
+                }
+            }
+            let max = f32::from_bits(stored(sizes).into_iter().fold(0, u32::max));
+            let scale = max / 127.0;
+            let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
+            let mut whole = [0i32; 32];
+            for i in 0..32 {
+                // The sum's low bits are the rounded number.
+                whole[i] = (x[i] * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+            }
+            let q = &mut q[at];
+            for i in 0..32 {
+                q[i] = whole[i] as i8;
+            }
+            let mut sums = [[0i32; 8]; 2];
+            for i in 0..8 {
+                sums[0][i] = whole[i] + whole[8 + i];
+                sums[1][i] = whole[16 + i] + whole[24 + i];
+            }
+            let halves = stored(sums).map(|half| half.into_iter().sum::<i32>());
+            scales[at] = scale;
+            sums16[2 * g * tile + lane] = scale * halves[0] as f32;
+            sums16[(2 * g + 1) * tile + lane] = scale * halves[1] as f32;
+            sums32[at] = scale * (halves[0] + halves[1]) as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate() {
+        let mut worst = 0.0f64;
+        for i in -870_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp1(x)) / exact - 1.0).abs());
+        }
+        assert!(worst < 1.5e-7, "{worst}");
+        assert_eq!(exp1(0.0), 1.0);
+        assert_eq!(exp1(f32::NEG_INFINITY), 0.0);
+        assert!(exp1(f32::NAN).is_nan());
+        assert!(exp1(1e9).is_finite());
+    }
+
+    #[test]
+    fn logarithms_are_accurate() {
+        for i in 1..200_000 {
+            let x = (i as f32 * 1e-3 - 100.0).exp2();
+            let exact = f64::from(x).ln();
+            let error = (f64::from(ln1(x)) - exact).abs();
+            assert!(error <= 1.2e-7 * exact.abs().max(1.0), "{x}: {} {exact}", ln1(x));
+        }
+        for i in -200_000..200_000 {
+            let x = i as f32 * 1e-4 * 4.0;
+            let exact = f64::from(x).exp().ln_1p();
+            let error = (f64::from(softplus1(x)) / exact - 1.0).abs();
+            assert!(error < 5e-7, "{x}: {} {exact}", softplus1(x));
+        }
+        assert_eq!((power(-1.0, 2.5), power(0.0, 3.0), power(1.0, 7.0)), (0.0, 0.0, 1.0));
+        assert!((power(0.7, 3.0) - 0.343).abs() < 1e-6 && power(f32::NAN, 2.0).is_nan());
+    }
+
+    #[test]
+    fn tanh_is_accurate() {
+        for i in -200_000..200_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).tanh();
+            assert!((f64::from(tanh1(x)) - exact).abs() < 4e-7, "{x}: {} {exact}", tanh1(x));
+        }
+    }
+
+    #[test]
+    fn halves_are_exact() {
+        for bits in (0..=u16::MAX).filter(|b| half::f16::from_bits(*b).is_finite()) {
+            let mut out = [0.0];
+            multiply_halves(&mut out, &[3.0], &bits.to_le_bytes());
+            assert_eq!(out[0], 3.0 * half::f16::from_bits(bits).to_f32());
+        }
+    }
+
+    #[test]
+    fn quantizes_to_the_nearest() {
+        let x: Vec<f32> =
+            (0..96).map(|i| ((i * 37 % 101) as f32 - 50.0) * (i / 32) as f32).collect();
+        let (mut q, mut scales) = (vec![0i8; 96], vec![0.0; 3]);
+        let (mut s16, mut s32) = (vec![0.0; 6], vec![0.0; 3]);
+        quantize(&x, 0, 1, &mut q, &mut scales, &mut s16, &mut s32);
+        for (i, x) in x.iter().enumerate() {
+            assert!((x - scales[i / 32] * f32::from(q[i])).abs() <= 0.5001 * scales[i / 32]);
+        }
+        assert_eq!(scales[0], 0.0);
+        let sum =
+            |r: std::ops::Range<usize>| q[r].iter().map(|q| i32::from(*q)).sum::<i32>() as f32;
+        assert_eq!(s16[3], scales[1] * sum(48..64));
+        assert_eq!(s32[2], scales[2] * sum(64..96));
+    }
+}
