@@ -110,7 +110,7 @@ fn entmax(scores: &mut [f32], alpha: f32) {
             let norm = sum.powf(1.0 / r);
             let step = (norm - 1.0) * sum / (norm * slope);
             let next = tau + step;
-            if !(step > 0.0) || next == tau {
+            if step.is_nan() || step <= 0.0 || next == tau {
                 break;
             }
             tau = next;

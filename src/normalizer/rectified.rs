@@ -45,7 +45,7 @@ fn lssa(scores: &mut [f32], c: f32) {
 fn reweigh(weights: &mut [f32], offset: f32, power: f32) {
     let n = weights.len() as f32;
     let top = n * simd::max(weights) - offset;
-    if !(top > 0.0) {
+    if top.is_nan() || top <= 0.0 {
         return;
     }
     // Relative to the largest, so that nothing overflows.
