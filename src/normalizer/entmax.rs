@@ -117,7 +117,8 @@ fn entmax(scores: &mut [f32], alpha: f32) {
         }
         tau
     });
-    let sum = simd::map_sum(scores, |x| simd::power((alpha - 1.0) * (x - max) - tau, r));
+    let a = alpha - 1.0;
+    let sum = simd::powers(scores, a, -a * max - tau, r);
     simd::scale(scores, 1.0 / sum);
 }
 

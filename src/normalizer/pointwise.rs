@@ -16,17 +16,15 @@ const fn norm(default: f32) -> Param {
 }
 
 struct Pointwise<F> {
-    f: F,
+    /// Replaces every score of a row.
+    map: F,
     norm: f32,
-    /// Added to scores, times `ln n`.
-    shift_n: f32,
 }
 
-impl<F: Fn(f32) -> f32 + Copy + Sync + Send> Normalizer for Pointwise<F> {
+impl<F: Fn(&mut [f32]) + Sync + Send> Normalizer for Pointwise<F> {
     fn row(&self, scores: &mut [f32], _: Row) {
+        (self.map)(scores);
         let n = scores.len() as f32;
-        let (f, shift) = (self.f, self.shift_n * n.ln());
-        simd::map(scores, |x| f(x + shift));
         let divisor = match self.norm {
             NONE => return,
             N => n,
@@ -39,11 +37,15 @@ impl<F: Fn(f32) -> f32 + Copy + Sync + Send> Normalizer for Pointwise<F> {
     }
 }
 
+fn rows(map: impl Fn(&mut [f32]) + Sync + Send + 'static, norm: f32) -> Box<dyn Normalizer> {
+    Box::new(Pointwise { map, norm })
+}
+
 fn pointwise<F>(f: F, norm: f32) -> Box<dyn Normalizer>
 where
     F: Fn(f32) -> f32 + Copy + Sync + Send + 'static,
 {
-    Box::new(Pointwise { f, norm, shift_n: 0.0 })
+    rows(move |scores| simd::map(scores, f), norm)
 }
 
 const fn kind(
@@ -71,8 +73,12 @@ pub(super) static SIGMOID: Kind = kind(
     "Ramapuram et al., arXiv 2409.04431",
     &[param("b", "factor on ln n, which is added", -1.0, Domain::From(-MAX, MAX)), norm(NONE)],
     |p| {
-        let f = |x: f32| 1.0 / (1.0 + simd::exp1(-x));
-        Box::new(Pointwise { f, norm: p[1], shift_n: p[0] })
+        let factor = p[0];
+        let sigmoid = move |scores: &mut [f32]| {
+            let b = factor * (scores.len() as f32).ln();
+            simd::map(scores, |x| 1.0 / (1.0 + simd::exp1(-x - b)));
+        };
+        rows(sigmoid, p[1])
     },
 );
 
@@ -99,7 +105,7 @@ pub(super) static SOFTPLUS: Kind = kind(
     "w_j = ln(1 + exp(x_j)) / norm",
     "Wortsman et al., arXiv 2309.08586",
     &[norm(N)],
-    |p| pointwise(simd::softplus1, p[0]),
+    |p| rows(|scores| simd::softplus(scores, 1.0), p[0]),
 );
 
 pub(super) static SQUAREPLUS: Kind = kind(

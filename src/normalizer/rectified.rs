@@ -37,7 +37,8 @@ pub(super) static SOFTPICK: Kind = Kind {
 /// `x = softplus(c ln n x)`, divided by the sum.
 fn lssa(scores: &mut [f32], c: f32) {
     let factor = c * (scores.len() as f32).ln();
-    let sum = simd::map_sum(scores, |x| simd::softplus1(factor * x));
+    simd::softplus(scores, factor);
+    let sum = simd::sum(scores);
     simd::scale(scores, if sum > 0.0 { 1.0 / sum } else { 0.0 });
 }
 
@@ -49,7 +50,7 @@ fn reweigh(weights: &mut [f32], offset: f32, power: f32) {
         return;
     }
     // Relative to the largest, so that nothing overflows.
-    let sum = simd::map_sum(weights, |w| simd::power((n * w - offset) / top, power));
+    let sum = simd::powers(weights, n / top, -offset / top, power);
     simd::scale(weights, 1.0 / sum);
 }
 
@@ -130,7 +131,7 @@ impl Normalizer for StickBreaking {
         // ln w_j = ln sigmoid(x_j) + sum over newer i of ln(1 - sigmoid(x_i)), where
         // ln(1 - sigmoid x) = -softplus(x) and ln sigmoid x = x - softplus(x).
         with_copy(scores, |scores, taken| {
-            simd::map(taken, simd::softplus1);
+            simd::softplus(taken, 1.0);
             let mut newer = 0.0;
             for (x, taken) in scores.iter_mut().zip(taken.iter()).rev() {
                 *x -= taken + newer;

@@ -183,7 +183,7 @@ per_level! {
 
 /// `ln x` for normal `x > 0`, by the polynomial of Cephes' `logf`.
 #[inline(always)]
-pub fn ln1(x: f32) -> f32 {
+fn ln1(x: f32) -> f32 {
     const SQRT_HALF: f32 = std::f32::consts::FRAC_1_SQRT_2;
     let bits = x.to_bits();
     // x = m 2^e with m in [1/2, 1), then in [sqrt(1/2), sqrt 2).
@@ -192,19 +192,12 @@ pub fn ln1(x: f32) -> f32 {
     let low = m < SQRT_HALF;
     let e = (if low { e - 1 } else { e }) as f32;
     let m = (if low { m + m } else { m }) - 1.0;
-    let mut p = 7.037_683_6e-2;
-    for c in [
-        -1.151_461e-1,
-        1.167_699_9e-1,
-        -1.242_014_1e-1,
-        1.424_932_3e-1,
-        -1.666_805_8e-1,
-        2.000_071_5e-1,
-        -2.499_999_4e-1,
-        3.333_333e-1,
-    ] {
-        p = p * m + c;
-    }
+    // Written out: as a loop it would keep the loop around it from becoming one over vectors.
+    let p = 7.037_683_6e-2 * m - 1.151_461e-1;
+    let p = (p * m + 1.167_699_9e-1) * m - 1.242_014_1e-1;
+    let p = (p * m + 1.424_932_3e-1) * m - 1.666_805_8e-1;
+    let p = (p * m + 2.000_071_5e-1) * m - 2.499_999_4e-1;
+    let p = p * m + 3.333_333e-1;
     let square = m * m;
     // ln 2 in two parts, as in `exp1`.
     let y = p * m * square + e * -2.121_944_4e-4 - 0.5 * square;
@@ -213,7 +206,7 @@ pub fn ln1(x: f32) -> f32 {
 
 /// `ln(1 + e^x)`
 #[inline(always)]
-pub fn softplus1(x: f32) -> f32 {
+fn softplus1(x: f32) -> f32 {
     let e = exp1(if x > 0.0 { -x } else { x });
     // Kahan's way to keep the digits of e that 1 + e loses.
     let u = 1.0 + e;
@@ -223,7 +216,7 @@ pub fn softplus1(x: f32) -> f32 {
 
 /// `max(x, 0)^r`; NaN stays NaN.
 #[inline(always)]
-pub fn power(x: f32, r: f32) -> f32 {
+fn power(x: f32, r: f32) -> f32 {
     let y = exp1(r * ln1(x));
     if x < f32::MIN_POSITIVE {
         0.0
@@ -231,6 +224,28 @@ pub fn power(x: f32, r: f32) -> f32 {
         x
     } else {
         y
+    }
+}
+
+// Not by `map` or `for_each`: functions this large are not inlined into them, and so stay without the
+// instructions of the level.
+
+per_level! {
+    /// `x = ln(1 + e^(factor x))`
+    pub fn softplus(x: &mut [f32], factor: f32) {
+        for x in x {
+            *x = softplus1(factor * *x);
+        }
+    }
+}
+
+per_level! {
+    /// `x = max(factor x + shift, 0)^r`; returns the sum.
+    pub fn powers(x: &mut [f32], factor: f32, shift: f32, r: f32) -> f32 {
+        for x in x.iter_mut() {
+            *x = power(factor * *x + shift, r);
+        }
+        sum_of(x, |x| x)
     }
 }
 
@@ -285,18 +300,18 @@ per_level! {
     /// The sums of `max(x - tau, 0)^r` and of `max(x - tau, 0)^(r - 1)`.
     pub fn power_sums(x: &[f32], tau: f32, r: f32) -> [f32; 2] {
         let mut lanes = [[0.0f32; LANES]; 2];
-        let (whole, rest) = x.as_chunks::<LANES>();
-        let mut add = |i: usize, x: f32| {
-            let u = x - tau;
-            let y = exp1((r - 1.0) * ln1(u));
-            let y = if u < f32::MIN_POSITIVE { 0.0 } else { y };
-            lanes[0][i] += y * u;
-            lanes[1][i] += y;
-        };
-        for x in whole {
-            x.iter().enumerate().for_each(|(i, x)| add(i, *x));
+        for x in x.chunks(LANES) {
+            // What is missing of the last part has no weight.
+            let mut u = [0.0f32; LANES];
+            for i in 0..x.len() {
+                u[i] = x[i] - tau;
+            }
+            for i in 0..LANES {
+                let y = power(u[i], r - 1.0);
+                lanes[0][i] += y * u[i];
+                lanes[1][i] += y;
+            }
         }
-        rest.iter().enumerate().for_each(|(i, x)| add(i, *x));
         lanes.map(tree)
     }
 }
