@@ -5,6 +5,7 @@ mod chat;
 mod eval;
 mod generate;
 mod inspect;
+mod norms;
 mod options;
 mod sampling;
 mod template;
@@ -47,6 +48,7 @@ static COMMANDS: &[Entry] = &[
     entry::<generate::Generate>(),
     entry::<eval::Eval>(),
     entry::<bench::Bench>(),
+    entry::<norms::Norms>(),
     entry::<inspect::Inspect>(),
     entry::<tokenize::Tokenize>(),
     entry::<template::Template>(),

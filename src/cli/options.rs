@@ -89,7 +89,7 @@ pub(super) struct RunArgs {
     #[arg(short, long, value_name = "N")]
     pub(super) ctx: Option<usize>,
     /// Normalizer instead of softmax: NAME[:key=value,..] for all heads, or by layers and heads,
-    /// such as '*=softmax;0-3=sigmoid;5.2=entmax:alpha=1.1'
+    /// such as '*=softmax;0-3=sigmoid;5.2=entmax:alpha=1.1'; see `norms`
     #[arg(long, value_name = "PLAN")]
     norm: Option<String>,
     /// Type of cached keys

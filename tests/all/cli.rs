@@ -176,6 +176,44 @@ fn file_errors_exit_with_3() {
 }
 
 #[test]
+fn normalizers_are_swapped_by_layer_and_head() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("text");
+    let text = "It was the best of times, it was the worst of times, said the old man. ".repeat(20);
+    std::fs::write(&path, text).unwrap();
+    let eval = |norm: &str| -> serde_json::Value {
+        let args = ["eval", "-f", path.to_str().unwrap(), "-c", "128", "--json", "--norm", norm];
+        serde_json::from_str(&ok(&args, "")).unwrap()
+    };
+    let ppl = |value: &serde_json::Value| value["ppl"].as_f64().unwrap();
+    let softmax = eval("softmax");
+    assert_eq!(softmax["ppl"], eval("relu;*=softmax")["ppl"]);
+    assert_eq!(softmax["ppl"], eval("top_k:k=128")["ppl"]);
+    let part = eval("1=sigmoid");
+    assert_eq!(part["norm"], "softmax+sigmoid");
+    assert_eq!(eval("1.0-1=sigmoid; 1.2-3=sigmoid")["ppl"], part["ppl"]);
+    let all = eval("sigmoid");
+    assert!(ppl(&softmax) != ppl(&part) && 2.0 * ppl(&part) < ppl(&all), "{softmax} {part} {all}");
+
+    for (norm, expected) in [
+        ("sofmax", "normalizer \"sofmax\" is not known; known: softmax, "),
+        ("6=softmax", "layer \"6\"; allowed *, numbers 0 to 5, or two of them as 0-5"),
+        ("2-1=softmax", "layer \"2-1\""),
+        ("0.4=softmax", "head \"4\"; allowed *, numbers 0 to 3"),
+    ] {
+        let line = error(&["generate", "-p", "x", "--norm", norm], 2);
+        assert!(line.contains(expected) && line.trim_end().lines().count() == 1, "{line}");
+    }
+    let list = ok(&["norms"], "");
+    assert!(
+        list.contains("entmax\n") && list.contains("alpha (default 1.25, 1.001 to 2)"),
+        "{list}"
+    );
+    let json: serde_json::Value = serde_json::from_str(&ok(&["norms", "--json"], "")).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), qkov::normalizer::NORMALIZERS.len());
+}
+
+#[test]
 fn a_saved_base_is_this_model() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
