@@ -1,4 +1,5 @@
-//! Models against Hugging Face `transformers`: `tests/golden/arch.py` describes the files.
+//! Models against Hugging Face `transformers`: `tests/golden/arch.py` describes the files, and
+//! `tests/golden/normalizers.py` those of a model whose softmax is replaced.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,9 +21,25 @@ struct Golden {
     follow: Vec<u32>,
 }
 
+const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
+
 fn goldens() -> Vec<Golden> {
-    let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden"));
-    let file = std::fs::read(folder.join("arch.bin")).unwrap();
+    records("arch.bin", |name| {
+        Model::open(&Path::new(FOLDER).join(format!("{name}.gguf"))).unwrap()
+    })
+}
+
+/// The first model, with each of some normalizers.
+fn swapped() -> Vec<Golden> {
+    records("normalizers.bin", |name| {
+        let mut model = Model::open(&Path::new(FOLDER).join("llama.gguf")).unwrap();
+        model.set_normalizers(name).unwrap();
+        model
+    })
+}
+
+fn records(file: &str, model: impl Fn(&str) -> Model) -> Vec<Golden> {
+    let file = std::fs::read(Path::new(FOLDER).join(file)).unwrap();
     let mut rest = &file[..];
     let mut take = |n: usize| {
         let (head, tail) = rest.split_at(n);
@@ -45,7 +62,7 @@ fn goldens() -> Vec<Golden> {
         let logits = numbers(n_positions * n_vocab).into_iter().map(f32::from_bits).collect();
         let (follow, end) = take(4 * n_follow as usize);
         let follow = u32s(follow);
-        let model = Arc::new(Model::open(&folder.join(format!("{name}.gguf"))).unwrap());
+        let model = Arc::new(model(&name));
         assert_eq!(model.hparams.n_vocab, n_vocab as usize, "{name}");
         out.push(Golden { name, model, tokens, positions, logits, follow });
         if end {
@@ -128,6 +145,15 @@ fn logits_are_those_of_transformers() {
             let [kl, _] = g.distance(&g.feed(&mut g.session(cache, 2), 512));
             assert!(kl < 1e-2, "{} {cache:?}, rounded: {kl:e}", g.name);
         }
+    }
+}
+
+#[test]
+fn logits_with_other_normalizers_are_those_of_their_definitions() {
+    for g in swapped() {
+        let [kl, error] = g.distance(&g.feed(&mut g.exact(CacheType::F32), 512));
+        println!("{}: KL {kl:.1e}, largest error {error:.1e}", g.name);
+        assert!(kl < 1e-9 && error < 1e-4, "{}: {kl:e} {error:e}", g.name);
     }
 }
 
