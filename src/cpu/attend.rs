@@ -47,37 +47,107 @@ impl Head<'_> {
 
     /// Mixes `elements` of the values at `n` positions from `start` on into `out[..][elements]`.
     /// Weights have room for as many positions as are multiples of [`LANES`], zeros after the last.
+    /// Where few positions have a weight, only their values are read; the bits are the same.
     ///
     /// # Safety
     /// Nobody else uses those parts of `out` meanwhile.
     unsafe fn mix(
         self,
-        (scratch, scaled): (&mut Scratch, &mut Vec<f32>),
+        (scratch, own): (&mut Scratch, &mut MixBuffers),
         weights: &Activations,
         (start, n): (usize, usize),
         elements: Range<usize>,
         out: Columns<f32>,
     ) {
         let Head { cache, layer, head } = self;
-        if !cache.types().1.is_rounded() {
-            let values = cache.values(layer, head, (elements.start, elements.len()), (start, n));
-            // SAFETY: the caller's promise.
-            unsafe { multiply(&values, weights, scratch, out, elements.start) };
-            return;
-        }
-        let width = n.next_multiple_of(LANES);
-        for row in elements.step_by(GROUP) {
-            let Some(scales) = cache.value_scales(layer, head, row, (start, width)) else { return };
-            scaled.resize(weights.n * width, 0.0);
-            for (t, scaled) in scaled.chunks_exact_mut(width).enumerate() {
-                simd::multiply_halves(scaled, &weights.floats[t * weights.stride..], scales);
+        let MixBuffers { scaled, few, values: columns, kept } = own;
+        let is_sparse = find_few(weights, n, few);
+        let weights = match is_sparse {
+            true => {
+                kept.clear();
+                for row in weights.floats.chunks(weights.stride).take(weights.n) {
+                    kept.extend(few.iter().map(|at| row[*at as usize]));
+                }
+                rows(weights.n, kept, few.len())
             }
-            let weights = Activations { floats: scaled, stride: width, ..*weights };
-            let values = cache.values(layer, head, (row, GROUP), (start, n));
+            false => *weights,
+        };
+        let width = if is_sparse { few.len() } else { n.next_multiple_of(LANES) };
+        // Elements that share a scale, if there are scales.
+        let rounded = cache.types().1.is_rounded();
+        let step = if rounded { GROUP } else { elements.len().max(1) };
+        for row in elements.clone().step_by(step) {
+            let n_rows = step.min(elements.end - row);
+            let mut weights = weights;
+            let places = (start, n.next_multiple_of(LANES));
+            if let Some(scales) = cache.value_scales(layer, head, row, places) {
+                scaled.resize(weights.n * width, 0.0);
+                let rows = weights.floats.chunks(weights.stride);
+                for (scaled, row) in scaled.chunks_exact_mut(width).zip(rows) {
+                    match is_sparse {
+                        false => simd::multiply_halves(scaled, row, scales),
+                        true => {
+                            for ((scaled, w), at) in scaled.iter_mut().zip(row).zip(few.iter()) {
+                                let scale = &scales[2 * *at as usize..][..2];
+                                simd::multiply_halves(
+                                    std::slice::from_mut(scaled),
+                                    std::slice::from_ref(w),
+                                    scale,
+                                );
+                            }
+                        }
+                    }
+                }
+                weights = Activations { floats: scaled, stride: width, ..weights };
+            }
+            let values = match is_sparse {
+                true => cache.values_at((layer, head), (row, n_rows), (start, few), columns),
+                false => cache.values(layer, head, (row, n_rows), (start, n)),
+            };
             // SAFETY: the caller's promise.
             unsafe { multiply(&values, &weights, scratch, out, row) };
         }
     }
+}
+
+/// What [`Head::mix`] needs.
+#[derive(Default)]
+pub(super) struct MixBuffers {
+    /// Weights times the scales of values.
+    scaled: Vec<f32>,
+    /// The positions that have a weight, where they are few; their weights and values.
+    few: Vec<u32>,
+    kept: Vec<f32>,
+    values: Vec<u8>,
+}
+
+/// Share of the positions up to which it pays to pick their values out.
+const FEW: usize = 4;
+
+/// Lists the positions below `n` at which any row has a weight, an even number of them; false if they
+/// are more than one in [`FEW`].
+fn find_few(weights: &Activations, n: usize, few: &mut Vec<u32>) -> bool {
+    few.clear();
+    for at in (0..n).step_by(LANES) {
+        let mut any = [0u32; LANES];
+        for t in 0..weights.n {
+            let row = &weights.floats[t * weights.stride + at..][..LANES];
+            for i in 0..LANES {
+                // Without the sign, so that -0 is nothing.
+                any[i] |= row[i].to_bits() << 1;
+            }
+        }
+        few.extend((0..LANES).filter(|i| any[*i] != 0).map(|i| (at + i) as u32));
+        if few.len() * FEW > n {
+            return false;
+        }
+    }
+    // Whole blocks of every layout; one more position, without a weight, does no harm.
+    if few.len() % 2 == 1 {
+        let free = few.iter().zip(0..).find(|(at, i)| *at != i);
+        few.push(free.map_or(few.len() as u32, |(_, i)| i));
+    }
+    !few.is_empty()
 }
 
 fn rows(n: usize, floats: &[f32], stride: usize) -> Activations<'_> {
@@ -141,7 +211,7 @@ impl Buffers {
             let (head, start) = (task / n_tasks, task % n_tasks * VALUES_PER_TASK);
             let elements = start..g.value_dim.min(start + VALUES_PER_TASK);
             let weights = rows(per_kv, &scores[head * per_kv * width..], width);
-            let buffers = (&mut own.scratch, &mut own.scaled);
+            let buffers = (&mut own.scratch, &mut own.mix);
             // SAFETY: tasks have elements of their own.
             unsafe {
                 let out = out.skip(head * per_kv);
@@ -185,7 +255,7 @@ impl Buffers {
             let width = (end - first).next_multiple_of(LANES);
             let kv = Head { cache, layer, head };
             let positions = (first, end - first);
-            let ThreadBuffers { scratch, q, scores, scaled, out } = own;
+            let ThreadBuffers { scratch, q, scores, mix, out } = own;
             scores.resize(n_rows * width, 0.0);
             // SAFETY: the output is this thread's own.
             unsafe { kv.score(scratch, &q.view(), positions, Columns::new(scores, width), 0) };
@@ -201,7 +271,7 @@ impl Buffers {
             // SAFETY: the output is this thread's own.
             unsafe {
                 let out = Columns::new(out, g.value_dim);
-                kv.mix((scratch, scaled), &weights, positions, 0..g.value_dim, out);
+                kv.mix((scratch, mix), &weights, positions, 0..g.value_dim, out);
             }
             for (i, t) in tokens.enumerate() {
                 let n = per_kv * g.value_dim;

@@ -254,6 +254,30 @@ impl KvCache {
         Panels { layout, bytes, stride, n_in, n_rows }
     }
 
+    /// The same, but only of some positions, an even number of them, counted from `start`: copied to
+    /// `to`.
+    pub(super) fn values_at<'a>(
+        &self,
+        (layer, head): (usize, usize),
+        (row, n_rows): (usize, usize),
+        (start, positions): (usize, &[u32]),
+        to: &'a mut Vec<u8>,
+    ) -> Panels<'a> {
+        let (layout, n_in) = (self.values.layout(false), positions.len());
+        let block = &LAYOUTS[layout];
+        let column = block.panel_bytes(block.block_len) / block.block_len;
+        let stride = block.panel_bytes(n_in);
+        to.resize(stride * n_rows.div_ceil(LANES), 0);
+        let all = self.values(layer, head, (row, n_rows), (start, 0));
+        for (to, from) in to.chunks_exact_mut(stride).zip(all.bytes.chunks(all.stride)) {
+            for (to, at) in to.chunks_exact_mut(column).zip(positions) {
+                let at = *at as usize * column;
+                to.copy_from_slice(&from[at..at + column]);
+            }
+        }
+        Panels { layout, bytes: to, stride, n_in, n_rows }
+    }
+
     /// Scales of the 32 values from `row` on at the `n` positions from `start` on, as half-precision
     /// bytes; nothing for types that have none.
     pub(super) fn value_scales(

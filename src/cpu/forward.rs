@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::KvCache;
+use super::attend::MixBuffers;
 use super::kernels::{Activations, LANES, Scratch};
 use super::ops::{Rotation, activate, norm_row};
 use super::rows::Rows;
@@ -59,10 +60,10 @@ pub(super) struct Buffers {
 #[derive(Default)]
 pub(super) struct ThreadBuffers {
     pub(super) scratch: Scratch,
-    /// Of a block of query rows: queries, scores, scores times the scales of values, outputs.
+    /// Of a block of query rows: queries, scores, what mixing needs, outputs.
     pub(super) q: Rows,
     pub(super) scores: Vec<f32>,
-    pub(super) scaled: Vec<f32>,
+    pub(super) mix: MixBuffers,
     pub(super) out: Vec<f32>,
 }
 

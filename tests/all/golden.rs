@@ -154,6 +154,9 @@ fn logits_with_other_normalizers_are_those_of_their_definitions() {
         let [kl, error] = g.distance(&g.feed(&mut g.exact(CacheType::F32), 512));
         println!("{}: KL {kl:.1e}, largest error {error:.1e}", g.name);
         assert!(kl < 1e-9 && error < 1e-4, "{}: {kl:e} {error:e}", g.name);
+        // Alone, tokens read only the values that have a weight.
+        let whole = bits(&g.feed(&mut g.session(CacheType::F16, 2), 512));
+        assert!(whole == bits(&g.feed(&mut g.session(CacheType::F16, 2), 1)), "{}", g.name);
     }
 }
 
