@@ -1,6 +1,6 @@
 //! Elementary functions on vectors of `f32`, each with the same bits on every level.
 
-use super::{Function, Level, level, per_level};
+use super::{Function, per_level};
 
 const LANES: usize = 16;
 

@@ -129,7 +129,7 @@ macro_rules! per_level {
             {
                 #[target_feature(enable = "avx2,f16c")]
                 fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
-                if level() >= Level::Avx2 {
+                if $crate::simd::level() >= $crate::simd::Level::Avx2 {
                     // SAFETY: the level is in use, so the processor has it.
                     return unsafe { avx2($($arg),*) };
                 }
@@ -146,7 +146,7 @@ macro_rules! per_level {
             {
                 #[target_feature(enable = "avx2,f16c")]
                 fn avx2<F: Function>($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
-                if level() >= Level::Avx2 {
+                if $crate::simd::level() >= $crate::simd::Level::Avx2 {
                     // SAFETY: the level is in use, so the processor has it.
                     return unsafe { avx2($($arg),*) };
                 }
