@@ -60,7 +60,7 @@ impl Head<'_> {
         out: Columns<f32>,
     ) {
         let Head { cache, layer, head } = self;
-        let MixBuffers { scaled, few, values: columns, kept } = own;
+        let MixBuffers { scaled, few, values: columns, kept, kept_scales } = own;
         let is_sparse = find_few(weights, n, few);
         let weights = match is_sparse {
             true => {
@@ -81,22 +81,13 @@ impl Head<'_> {
             let mut weights = weights;
             let places = (start, n.next_multiple_of(LANES));
             if let Some(scales) = cache.value_scales(layer, head, row, places) {
+                kept_scales.clear();
+                kept_scales.extend(few.iter().flat_map(|at| &scales[2 * *at as usize..][..2]));
+                let scales = if is_sparse { &kept_scales[..] } else { scales };
                 scaled.resize(weights.n * width, 0.0);
                 let rows = weights.floats.chunks(weights.stride);
                 for (scaled, row) in scaled.chunks_exact_mut(width).zip(rows) {
-                    match is_sparse {
-                        false => simd::multiply_halves(scaled, row, scales),
-                        true => {
-                            for ((scaled, w), at) in scaled.iter_mut().zip(row).zip(few.iter()) {
-                                let scale = &scales[2 * *at as usize..][..2];
-                                simd::multiply_halves(
-                                    std::slice::from_mut(scaled),
-                                    std::slice::from_ref(w),
-                                    scale,
-                                );
-                            }
-                        }
-                    }
+                    simd::multiply_halves(scaled, row, scales);
                 }
                 weights = Activations { floats: scaled, stride: width, ..weights };
             }
@@ -115,9 +106,11 @@ impl Head<'_> {
 pub(super) struct MixBuffers {
     /// Weights times the scales of values.
     scaled: Vec<f32>,
-    /// The positions that have a weight, where they are few; their weights and values.
+    /// The positions that have a weight, where they are few; their weights, the scales of
+    /// their values, their values.
     few: Vec<u32>,
     kept: Vec<f32>,
+    kept_scales: Vec<u8>,
     values: Vec<u8>,
 }
 
@@ -139,6 +132,7 @@ fn find_few(weights: &Activations, n: usize, few: &mut Vec<u32>) -> bool {
         }
         few.extend((0..LANES).filter(|i| any[*i] != 0).map(|i| (at + i) as u32));
         if few.len() * FEW > n {
+            few.clear();
             return false;
         }
     }

@@ -2,7 +2,7 @@
 //! which the weights sum to 1. Only keys within `1 / (alpha - 1)` of the largest can have a weight, so
 //! they are gathered first.
 
-use super::{Class, Domain, Kind, MAX, Normalizer, Row, param, with_copy};
+use super::{Class, Domain, Kind, MAX, Normalizer, Row, param, positive, with_copy};
 use crate::simd;
 
 /// Calls `work` with the scores above `least`, the largest first.
@@ -33,12 +33,6 @@ impl Normalizer for Sparsemax {
         });
         simd::map(scores, |x| positive(x - max - tau));
     }
-}
-
-/// `max(x, 0)`, but NaN for NaN.
-#[inline(always)]
-fn positive(x: f32) -> f32 {
-    if x < 0.0 { 0.0 } else { x }
 }
 
 pub(super) static SPARSEMAX: Kind = Kind {

@@ -363,6 +363,12 @@ impl std::fmt::Display for Domain {
     }
 }
 
+/// `max(x, 0)`, but NaN for NaN.
+#[inline(always)]
+fn positive(x: f32) -> f32 {
+    if x < 0.0 { 0.0 } else { x }
+}
+
 thread_local! {
     static COPY: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
 }

@@ -1,6 +1,6 @@
 //! Functions of each score alone, and what they are divided by.
 
-use super::{Class, Domain, Kind, MAX, Normalizer, Param, Row, param};
+use super::{Class, Domain, Kind, MAX, Normalizer, Param, Row, param, positive};
 use crate::simd;
 
 /// What a row is divided by: nothing, its length `n`, `sqrt n`, the sum of sizes, the root of the sum
@@ -81,11 +81,6 @@ pub(super) static SIGMOID: Kind = kind(
         rows(sigmoid, p[1])
     },
 );
-
-#[inline(always)]
-fn positive(x: f32) -> f32 {
-    if x < 0.0 { 0.0 } else { x }
-}
 
 pub(super) static RELU: Kind = kind(
     "relu",

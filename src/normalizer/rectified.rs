@@ -1,13 +1,8 @@
 //! Weights that are cut, re-weighted, or handed from key to key.
 
 use super::softmax::softmax;
-use super::{Class, Domain, Kind, MAX, Normalizer, Param, Row, param, with_copy};
+use super::{Class, Domain, Kind, MAX, Normalizer, Param, Row, param, positive, with_copy};
 use crate::simd;
-
-#[inline(always)]
-fn positive(x: f32) -> f32 {
-    if x < 0.0 { 0.0 } else { x }
-}
 
 struct Softpick(f32);
 
