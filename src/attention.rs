@@ -50,9 +50,19 @@ impl Attention {
 
     /// Turns scores of `head` at `position`, scaled and only those of visible keys, into weights.
     pub fn weigh(&self, position: usize, head: usize, scores: &mut [f32]) {
+        self.cap(scores);
+        self.normalize(position, head, scores);
+    }
+
+    /// What the model does to scaled scores before they are normalized.
+    pub fn cap(&self, scores: &mut [f32]) {
         if let Some(cap) = self.softcap {
             simd::softcap(scores, cap);
         }
+    }
+
+    /// Turns what is left of scores into weights.
+    pub fn normalize(&self, position: usize, head: usize, scores: &mut [f32]) {
         let at = Row { position, layer: self.layer, head, n_ctx_train: self.n_ctx_train };
         self.plan.normalizers[head].row(scores, at);
     }

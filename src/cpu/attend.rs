@@ -21,10 +21,10 @@ const SHORT: usize = 256;
 
 /// The cache of one kv head.
 #[derive(Clone, Copy)]
-struct Head<'a> {
-    cache: &'a KvCache,
-    layer: usize,
-    head: usize,
+pub(super) struct Head<'a> {
+    pub(super) cache: &'a KvCache,
+    pub(super) layer: usize,
+    pub(super) head: usize,
 }
 
 impl Head<'_> {
@@ -32,7 +32,7 @@ impl Head<'_> {
     ///
     /// # Safety
     /// Nobody else uses those parts of `out` meanwhile.
-    unsafe fn score(
+    pub(super) unsafe fn score(
         self,
         scratch: &mut Scratch,
         queries: &Activations,
@@ -51,7 +51,7 @@ impl Head<'_> {
     ///
     /// # Safety
     /// Nobody else uses those parts of `out` meanwhile.
-    unsafe fn mix(
+    pub(super) unsafe fn mix(
         self,
         (scratch, own): (&mut Scratch, &mut MixBuffers),
         weights: &Activations,
@@ -144,7 +144,7 @@ fn find_few(weights: &Activations, n: usize, few: &mut Vec<u32>) -> bool {
     !few.is_empty()
 }
 
-fn rows(n: usize, floats: &[f32], stride: usize) -> Activations<'_> {
+pub(super) fn rows(n: usize, floats: &[f32], stride: usize) -> Activations<'_> {
     Activations { n, stride, floats, ..Activations::default() }
 }
 
@@ -153,6 +153,9 @@ impl Buffers {
     pub(super) fn attend(&mut self, pass: &Pass, layer: usize, cache: &KvCache, position: usize) {
         let attention = &pass.model.attention[layer];
         let g = attention.geometry;
+        if let Some(observer) = pass.observer.filter(|o| o.wants(layer)) {
+            return self.observe(pass, (cache, layer), position, observer);
+        }
         let alone = self.q.len() == g.n_head * g.score_dim;
         match alone && attention.visible(position).len() > SHORT {
             true => self.attend_one(pass, attention, (cache, layer), position),

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::KvCache;
 use super::attend::MixBuffers;
 use super::kernels::{Activations, LANES, Scratch};
+use super::observe::Observer;
 use super::ops::{Rotation, activate, norm_row};
 use super::rows::Rows;
 use super::threads::{Columns, Crew, Team};
@@ -34,7 +35,7 @@ pub struct Engine {
 #[derive(Default)]
 pub(super) struct Buffers {
     /// The residual stream. `[n, n_embd]`
-    x: Vec<f32>,
+    pub(super) x: Vec<f32>,
     /// A normed copy of it. `[n, n_embd]`
     normed: Rows,
     /// What a block adds to it. `[n, n_embd]`
@@ -124,6 +125,7 @@ impl Engine {
         cache: &mut KvCache,
         (tokens, n_past): (&[u32], usize),
         wanted: Range<usize>,
+        observer: Option<&dyn Observer>,
         logits: &mut Vec<f32>,
     ) {
         let Engine { team, n_threads, rotation, matrices, buffers } = self;
@@ -134,9 +136,24 @@ impl Engine {
                 let part = |at: usize| at.clamp(start, start + batch.len()) - start;
                 let wanted = part(wanted.start)..part(wanted.end).max(part(wanted.start));
                 let rotation = rotation.as_ref();
-                let pass = Pass { crew, model, rotation, matrices, n_past: n_past + start };
+                let n_past = n_past + start;
+                let pass = Pass { crew, model, rotation, matrices, observer, n_past };
                 buffers.forward(&pass, cache, batch, wanted, logits);
             }
+        });
+    }
+
+    /// Enters the team for work on a batch that begins at position 0.
+    pub(super) fn in_pass(
+        &mut self,
+        model: &Model,
+        observer: Option<&dyn Observer>,
+        work: impl FnOnce(&Pass, &mut Buffers) + Send,
+    ) {
+        let Engine { team, n_threads, rotation, matrices, buffers } = self;
+        team.enter(n_threads.batch, |crew| {
+            let rotation = rotation.as_ref();
+            work(&Pass { crew, model, rotation, matrices, observer, n_past: 0 }, buffers);
         });
     }
 }
@@ -147,6 +164,7 @@ pub(super) struct Pass<'a> {
     pub(super) model: &'a Model,
     rotation: Option<&'a Rotation>,
     matrices: &'a Matrices,
+    pub(super) observer: Option<&'a dyn Observer>,
     /// Position of the batch's first token.
     n_past: usize,
 }
@@ -162,17 +180,21 @@ impl Buffers {
     ) {
         self.embed(pass, tokens);
         let last = pass.model.layers.len() - 1;
-        for (i, layer) in pass.model.layers.iter().enumerate() {
-            // After the last cache is filled, only tokens whose logits are asked for go on.
-            let rest = if i == last { wanted.clone() } else { 0..tokens.len() };
-            self.layer(pass, (i, layer), cache, rest);
+        // After the last cache is filled, only tokens whose logits are asked for go on.
+        let early = !pass.observer.is_some_and(|o| o.wants(last));
+        for i in 0..=last {
+            let rest = if i == last && early { wanted.clone() } else { 0..tokens.len() };
+            self.layer(pass, i, cache, rest);
+        }
+        if !early {
+            keep(&mut self.x, pass.model.hparams.n_embd, &wanted);
         }
         if !wanted.is_empty() {
             self.logits(pass, wanted.len(), logits);
         }
     }
 
-    fn embed(&mut self, pass: &Pass, tokens: &[u32]) {
+    pub(super) fn embed(&mut self, pass: &Pass, tokens: &[u32]) {
         let hp = &pass.model.hparams;
         self.x.resize(tokens.len() * hp.n_embd, 0.0);
         self.added.resize(hp.n_embd, 0.0);
@@ -193,14 +215,32 @@ impl Buffers {
 
     /// `x += attention(norm(x)); x += ffn(norm(x))`, or both from one norm where the model says
     /// so. Keys and values are those of all tokens; only the tokens in `rest` stay in `x`.
-    fn layer(
+    pub(super) fn layer(&mut self, pass: &Pass, i: usize, cache: &mut KvCache, rest: Range<usize>) {
+        self.attention(pass, i, cache, rest.clone());
+        if rest.is_empty() {
+            return;
+        }
+        let layer = &pass.model.layers[i];
+        let w = &pass.matrices.layers[i];
+        self.add_product(pass, &w.attn_output, Source::Heads, layer.post_attention_norm.as_ref());
+        if let Some(weight) = &layer.ffn_norm {
+            let integer = w.ffn_up.integer || w.ffn_gate.as_ref().is_some_and(|g| g.integer);
+            self.norm(pass, weight, integer);
+        }
+        self.ffn(pass, w, rest.len());
+        self.add_product(pass, &w.ffn_down, Source::Up, layer.post_ffw_norm.as_ref());
+    }
+
+    /// Outputs of the heads for the tokens in `rest`, which alone stay in `x`.
+    pub(super) fn attention(
         &mut self,
         pass: &Pass,
-        (i, layer): (usize, &Layer),
+        i: usize,
         cache: &mut KvCache,
         rest: Range<usize>,
     ) {
         let hp = &pass.model.hparams;
+        let layer = &pass.model.layers[i];
         let w = &pass.matrices.layers[i];
         let n = self.x.len() / hp.n_embd;
         self.norm(pass, &layer.attn_norm, w.attn_q.integer || w.attn_k.integer || w.attn_v.integer);
@@ -211,14 +251,10 @@ impl Buffers {
             return;
         }
         if rest.len() < n {
-            let keep = |data: &mut Vec<f32>, width: usize| {
-                data.copy_within(rest.start * width..rest.end * width, 0);
-                data.truncate(rest.len() * width);
-            };
-            keep(&mut self.x, hp.n_embd);
-            keep(&mut self.q, w.attn_q.n_out);
+            keep(&mut self.x, hp.n_embd, &rest);
+            keep(&mut self.q, w.attn_q.n_out, &rest);
             if hp.parallel {
-                keep(&mut self.normed.floats, hp.n_embd);
+                keep(&mut self.normed.floats, hp.n_embd, &rest);
                 self.normed.resize(rest.len(), hp.n_embd);
                 self.normed.finish(pass.crew, true, |_, _| {});
             }
@@ -226,13 +262,6 @@ impl Buffers {
         self.heads.resize(rest.len(), w.attn_output.n_in);
         self.attend(pass, i, cache, pass.n_past + rest.start);
         self.heads.finish(pass.crew, w.attn_output.integer, |_, _| {});
-        self.add_product(pass, &w.attn_output, Source::Heads, layer.post_attention_norm.as_ref());
-        if let Some(weight) = &layer.ffn_norm {
-            let integer = w.ffn_up.integer || w.ffn_gate.as_ref().is_some_and(|g| g.integer);
-            self.norm(pass, weight, integer);
-        }
-        self.ffn(pass, w, rest.len());
-        self.add_product(pass, &w.ffn_down, Source::Up, layer.post_ffw_norm.as_ref());
     }
 
     /// A normed copy of the residual stream.
@@ -381,6 +410,12 @@ impl Buffers {
             });
         }
     }
+}
+
+/// Drops all rows but some.
+fn keep(data: &mut Vec<f32>, width: usize, rows: &Range<usize>) {
+    data.copy_within(rows.start * width..rows.end * width, 0);
+    data.truncate(rows.len() * width);
 }
 
 /// Where a product's input lies.

@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::gguf::{Bytes, Sink};
 use crate::session::Session;
 use crate::simd;
+use crate::token::Tokenizer;
 
 /// Log-probabilities of a base below this do not count in the divergence.
 const KL_FLOOR: f32 = -16.0;
@@ -77,6 +78,19 @@ impl Windows {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Every window as a model reads it: begun by BOS where the model uses one, and without its last
+    /// token, which only ever is a target.
+    pub fn inputs(&self, tokenizer: &Tokenizer) -> impl Iterator<Item = Vec<u32>> {
+        let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
+        self.tokens().chunks_exact(self.n_ctx).map(move |window| {
+            let mut input = window[..self.n_ctx - 1].to_vec();
+            if let (Some(bos), Some(first)) = (bos, input.first_mut()) {
+                *first = bos;
+            }
+            input
+        })
     }
 
     /// The tokens of all windows.
@@ -195,20 +209,16 @@ pub fn evaluate(
 ) -> Result<Quality> {
     let model = session.model().clone();
     let n_vocab = model.hparams.n_vocab;
-    let (n_ctx, bos) = (windows.n_ctx, model.tokenizer.bos().filter(|_| model.tokenizer.add_bos()));
+    let n_ctx = windows.n_ctx;
     if let Some(save) = &mut save {
         save(&Base::header(windows, n_vocab))?;
     }
     let (mut nll, mut base_nll) = (Vec::new(), Vec::new());
     let (mut kl, mut n_same, mut base_row) = (Vec::new(), 0usize, Vec::new());
-    for (i, window) in windows.tokens().chunks_exact(n_ctx).enumerate() {
-        let mut input = window.to_vec();
-        if let (Some(bos), Some(first)) = (bos, input.first_mut()) {
-            *first = bos;
-        }
+    let inputs = windows.inputs(&model.tokenizer);
+    for (i, (window, input)) in windows.tokens().chunks_exact(n_ctx).zip(inputs).enumerate() {
         session.rewind(0);
-        // The last token only ever is a target.
-        let logits = session.feed_wanting(&input[..n_ctx - 1], scored(n_ctx))?;
+        let logits = session.feed_wanting(&input, scored(n_ctx))?;
         for (logits, at) in logits.chunks_exact(n_vocab).zip(scored(n_ctx)) {
             let target = window[at + 1] as usize;
             let log_sum = log_sum_exp(logits);

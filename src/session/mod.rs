@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::bad_usage;
 use crate::cpu::threads::default_threads;
-use crate::cpu::{CacheType, Engine, KvCache, Threads};
+use crate::cpu::{CacheType, Engine, KvCache, Observer, Threads};
 use crate::error::Result;
 use crate::model::Model;
 
@@ -139,6 +139,25 @@ impl Session {
     /// Reads more tokens and returns the logits after each of those in `wanted`, indices into
     /// `tokens`. `[wanted, n_vocab]`
     pub fn feed_wanting(&mut self, tokens: &[u32], wanted: Range<usize>) -> Result<&[f32]> {
+        self.feed_with(tokens, wanted, None)
+    }
+
+    /// The same, while `observer` looks into attention.
+    pub fn feed_observed(
+        &mut self,
+        tokens: &[u32],
+        wanted: Range<usize>,
+        observer: &dyn Observer,
+    ) -> Result<&[f32]> {
+        self.feed_with(tokens, wanted, Some(observer))
+    }
+
+    fn feed_with(
+        &mut self,
+        tokens: &[u32],
+        wanted: Range<usize>,
+        observer: Option<&dyn Observer>,
+    ) -> Result<&[f32]> {
         let n_vocab = self.model.hparams.n_vocab;
         if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
             bad_usage!("token {token}; the vocabulary has {n_vocab}");
@@ -151,6 +170,7 @@ impl Session {
             &mut self.cache,
             (tokens, n_past),
             wanted,
+            observer,
             &mut self.logits,
         );
         self.tokens.extend_from_slice(tokens);

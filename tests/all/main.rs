@@ -12,6 +12,7 @@ mod golden;
 mod layers;
 mod mutations;
 mod normalizers;
+mod observe;
 mod quant;
 mod sampler;
 mod template;

@@ -1,0 +1,173 @@
+//! A look into attention: scores, weights, values and outputs of every head.
+#![allow(unsafe_code)]
+
+use super::KvCache;
+use super::attend::{Head, rows};
+use super::forward::{Buffers, Engine, Pass, ThreadBuffers};
+use super::kernels::LANES;
+use super::threads::Columns;
+use crate::error::Result;
+use crate::model::Model;
+
+/// Looks into attention while tokens are read. What is computed stays the same, bit for bit.
+pub trait Observer: Sync {
+    /// Whether a layer is looked at; others run as fast as ever.
+    fn wants(&self, layer: usize) -> bool;
+
+    /// Sees what one query head made of a batch of tokens. Called from several threads, once for
+    /// every head and batch.
+    fn see(&self, seen: &Seen);
+}
+
+/// What one query head made of a batch of `n` tokens. `n_keys`: the tokens up to the batch's last.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen<'a> {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Query head, from 0.
+    pub head: usize,
+    /// Position of the first of the batch's tokens.
+    pub position: usize,
+    /// Cached tokens, those of the batch included.
+    pub n_keys: usize,
+    /// What the normalizer gets: scaled and, where the model does so, capped; minus infinity where
+    /// the mask hides the key. `[n, n_keys]`
+    pub scores: &'a [f32],
+    /// What the normalizer makes of them. `[n, n_keys]`
+    pub weights: &'a [f32],
+    /// Of the kv head that serves this one. `[n_keys, value_dim]`
+    pub values: &'a [f32],
+    /// `weights * values`. `[n, value_dim]`
+    pub outputs: &'a [f32],
+}
+
+/// Positions whose values are read at once.
+const VALUE_ROWS: usize = 2 * LANES;
+
+impl Head<'_> {
+    /// Values of the first `n` positions, as the kernels see them. `[n, value_dim]`
+    fn all_values(self, own: &mut ThreadBuffers, n: usize, value_dim: usize) -> Vec<f32> {
+        let mut values = vec![0.0; n * value_dim];
+        let mut identity = [0.0; VALUE_ROWS * VALUE_ROWS];
+        identity.iter_mut().step_by(VALUE_ROWS + 1).for_each(|w| *w = 1.0);
+        for (i, out) in values.chunks_mut(VALUE_ROWS * value_dim).enumerate() {
+            let n = out.len() / value_dim;
+            let weights = rows(n, &identity, VALUE_ROWS);
+            let buffers = (&mut own.scratch, &mut own.mix);
+            let out = Columns::new(out, value_dim);
+            // SAFETY: the output is this thread's own.
+            unsafe { self.mix(buffers, &weights, (i * VALUE_ROWS, n), 0..value_dim, out) };
+        }
+        values
+    }
+}
+
+impl Buffers {
+    /// Attention of the tokens in `q`, the first of which is at `position`, into `heads`, a head at
+    /// a time, each of which is shown to `observer`.
+    pub(super) fn observe(
+        &mut self,
+        pass: &Pass,
+        (cache, layer): (&KvCache, usize),
+        position: usize,
+        observer: &dyn Observer,
+    ) {
+        let attention = &pass.model.attention[layer];
+        let g = attention.geometry;
+        let per_kv = g.n_head / g.n_head_kv;
+        let (q_width, out_width) = (g.n_head * g.score_dim, g.n_head * g.value_dim);
+        let n = self.q.len() / q_width;
+        let n_keys = position + n;
+        let width = n_keys.next_multiple_of(LANES);
+        let integer = cache.types().0.is_rounded();
+        let Buffers { q, heads, threads, .. } = self;
+        let heads = Columns::new(&mut heads.floats[..], out_width);
+        pass.crew.each_with(threads, g.n_head, |own, head| {
+            own.q.fill(n, g.score_dim, integer, |floats| {
+                for (to, q) in floats.chunks_exact_mut(g.score_dim).zip(q.chunks_exact(q_width)) {
+                    to.copy_from_slice(&q[head * g.score_dim..][..g.score_dim]);
+                }
+            });
+            let kv = Head { cache, layer, head: head / per_kv };
+            let mut padded = vec![0.0; n * width];
+            let out = Columns::new(&mut padded, width);
+            // SAFETY: the output is this thread's own.
+            unsafe { kv.score(&mut own.scratch, &own.q.view(), (0, n_keys), out, 0) };
+            let mut scores = vec![f32::NEG_INFINITY; n * n_keys];
+            let mut weights = vec![0.0; n * n_keys];
+            for (t, row) in padded.chunks_exact_mut(width).enumerate() {
+                let visible = attention.visible(position + t);
+                let at = t * n_keys..(t + 1) * n_keys;
+                attention.cap(&mut row[visible.clone()]);
+                scores[at.clone()][visible.clone()].copy_from_slice(&row[visible.clone()]);
+                attention.normalize(position + t, head, &mut row[visible.clone()]);
+                row[..visible.start].fill(0.0);
+                row[visible.end..].fill(0.0);
+                weights[at].copy_from_slice(&row[..n_keys]);
+            }
+            let values = kv.all_values(own, n_keys, g.value_dim);
+            let mut outputs = vec![0.0; n * g.value_dim];
+            let out = Columns::new(&mut outputs, g.value_dim);
+            let buffers = (&mut own.scratch, &mut own.mix);
+            // SAFETY: the output is this thread's own.
+            unsafe {
+                kv.mix(buffers, &rows(n, &padded, width), (0, n_keys), 0..g.value_dim, out);
+            }
+            for (t, output) in outputs.chunks_exact(g.value_dim).enumerate() {
+                // SAFETY: tasks have heads of their own.
+                unsafe { heads.part(t, head * g.value_dim, g.value_dim) }.copy_from_slice(output);
+            }
+            observer.see(&Seen {
+                layer,
+                head,
+                position,
+                n_keys,
+                scores: &scores,
+                weights: &weights,
+                values: &values,
+                outputs: &outputs,
+            });
+        });
+    }
+}
+
+impl Engine {
+    /// Takes windows of tokens, each from position 0 on, through the layers, all of them through one
+    /// layer before the next. At each layer `observer` sees every window, then `change` may give
+    /// the layer another plan, with which the windows go on; false ends it.
+    pub fn layer_by_layer(
+        &mut self,
+        model: &mut Model,
+        cache: &mut KvCache,
+        windows: &[&[u32]],
+        observer: &dyn Observer,
+        change: &mut dyn FnMut(&mut Model, usize) -> Result<bool>,
+    ) -> Result<()> {
+        let mut streams = Vec::new();
+        for tokens in windows {
+            self.in_pass(model, None, |pass, buffers| {
+                buffers.embed(pass, tokens);
+                streams.push(std::mem::take(&mut buffers.x));
+            });
+        }
+        for layer in 0..model.layers.len() {
+            for x in &streams {
+                self.in_pass(model, Some(observer), |pass, buffers| {
+                    buffers.x.clone_from(x);
+                    buffers.attention(pass, layer, cache, 0..x.len() / model.hparams.n_embd);
+                });
+            }
+            if !change(model, layer)? {
+                break;
+            }
+            for x in &mut streams {
+                self.in_pass(model, None, |pass, buffers| {
+                    std::mem::swap(&mut buffers.x, x);
+                    buffers.layer(pass, layer, cache, 0..buffers.x.len() / model.hparams.n_embd);
+                    std::mem::swap(&mut buffers.x, x);
+                });
+            }
+        }
+        Ok(())
+    }
+}
