@@ -61,6 +61,11 @@ impl Attention {
         }
     }
 
+    /// What is added to the output of `head`. `[value_dim]`
+    pub fn mean(&self, head: usize) -> Option<&[f32]> {
+        self.plan.means[head].as_deref()
+    }
+
     /// Turns what is left of scores into weights.
     pub fn normalize(&self, position: usize, head: usize, scores: &mut [f32]) {
         let at = Row { position, layer: self.layer, head, n_ctx_train: self.n_ctx_train };

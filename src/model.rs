@@ -11,7 +11,7 @@ use crate::attention::Attention;
 use crate::bad_file;
 use crate::error::{Result, excerpt};
 use crate::gguf::{Bytes, Gguf};
-use crate::plan::Plan;
+use crate::plan::{Plan, PlanFile};
 use crate::quant::{self, Format};
 use crate::token::Tokenizer;
 
@@ -21,6 +21,8 @@ pub struct Model {
     pub hparams: Hparams,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
+    /// What every layer and head was trained with.
+    pub trained: Plan,
     /// What every layer and head uses.
     pub plan: Plan,
     /// Attention of every layer, bound to the plan.
@@ -126,11 +128,33 @@ impl Model {
         Model::from_gguf(Gguf::open(path)?).map_err(|e| e.at(path))
     }
 
+    /// Opens the model at `path` with what a plan file says.
+    pub fn open_with(path: &Path, plan: &PlanFile) -> Result<Model> {
+        let mut model = Model::open(path)?;
+        model.apply(plan)?;
+        Ok(model)
+    }
+
     /// Replaces normalizers; see [`Plan::set_normalizers`].
     pub fn set_normalizers(&mut self, text: &str) -> Result<()> {
-        self.plan.set_normalizers(text)?;
-        self.attention = attention(&self.hparams, &self.plan);
+        let mut plan = self.plan.clone();
+        plan.set_normalizers(text)?;
+        self.set_plan(plan);
         Ok(())
+    }
+
+    /// Changes the plan as a file says.
+    pub fn apply(&mut self, file: &PlanFile) -> Result<()> {
+        let mut plan = self.plan.clone();
+        file.apply(&mut plan, &self.gguf.hash(), self.hparams.value_dim)?;
+        self.set_plan(plan);
+        Ok(())
+    }
+
+    /// Uses another plan, which must be one for this model.
+    pub fn set_plan(&mut self, plan: Plan) {
+        self.attention = attention(&self.hparams, &plan);
+        self.plan = plan;
     }
 
     /// Builds the model of an open file.
@@ -172,12 +196,14 @@ impl Model {
         for (i, layer) in hp.layers.iter().enumerate() {
             layers.push(bind.layer(i, layer, hp)?);
         }
+        let trained = bind.plan(hp)?;
         let mut warnings = [gguf.warnings.clone(), tokenizer.warnings.clone()].concat();
         warnings.extend(bind.unknown());
-        let plan = Plan::trained(hp)?;
+        let plan = trained.clone();
         let attention = attention(hp, &plan);
         Ok(Model {
             tokenizer,
+            trained,
             plan,
             attention,
             token_embd,
@@ -211,6 +237,9 @@ impl Model {
         format!("{} {format}", self.hparams.arch)
     }
 }
+
+/// Normalizers that a model was trained with, as [`Plan::set_normalizers`] reads them.
+const NORMALIZER_KEY: &str = "qkov.attention.normalizer";
 
 /// Finds tensors by name, checks their shapes, and remembers which were asked for.
 struct Binder<'a> {
@@ -339,6 +368,29 @@ impl Binder<'_> {
                 false => None,
             },
         })
+    }
+
+    /// What the model was trained with: softmax, unless its file has sinks or names a normalizer.
+    fn plan(&mut self, hp: &Hparams) -> Result<Plan> {
+        let mut plan = Plan::trained(hp)?;
+        for (i, layer) in hp.layers.iter().enumerate() {
+            let name = format!("blk.{i}.attn_sinks.weight");
+            if self.has(&name) {
+                let sinks = self.vector(&name, layer.n_head)?;
+                for (head, s) in sinks.iter().enumerate() {
+                    if !s.is_finite() {
+                        bad_file!("tensor \"{name}\", head {head}: {s}; must be finite");
+                    }
+                    plan.set_normalizers(&format!("{i}.{head}=sink:s={s}"))?;
+                }
+            }
+        }
+        if let Some(text) = self.gguf.str(NORMALIZER_KEY)?
+            && let Err(e) = plan.set_normalizers(text)
+        {
+            bad_file!("key \"{NORMALIZER_KEY}\": {}", excerpt(&e.to_string()));
+        }
+        Ok(plan)
     }
 
     /// A warning about tensors that nothing asked for.

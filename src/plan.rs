@@ -1,6 +1,11 @@
 //! The plan: which form, mask and normalizer every layer and head uses.
 
+mod file;
+
+pub use file::PlanFile;
+
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::arch::Hparams;
 use crate::bad_usage;
@@ -10,6 +15,7 @@ use crate::merge::{self, Form};
 use crate::normalizer::{self, Choice};
 
 /// One choice per layer.
+#[derive(Clone)]
 pub struct Plan {
     /// Indexed by layer.
     pub layers: Vec<LayerPlan>,
@@ -24,6 +30,9 @@ pub struct LayerPlan {
     pub mask: &'static dyn Mask,
     /// Indexed by query head.
     pub normalizers: Vec<Choice>,
+    /// Added to the output of a head, if anything is: what a swapped normalizer takes away or adds on
+    /// average. Indexed by query head, each `[value_dim]`
+    pub means: Vec<Option<Arc<[f32]>>>,
 }
 
 impl Plan {
@@ -31,7 +40,12 @@ impl Plan {
     pub fn trained(hparams: &Hparams) -> Result<Plan> {
         let (form, mask) = (merge::find("split")?, mask::find("causal")?);
         let softmax = Choice::of(normalizer::find("softmax")?);
-        let layer = |n_head| LayerPlan { form, mask, normalizers: vec![softmax.clone(); n_head] };
+        let layer = |n_head| LayerPlan {
+            form,
+            mask,
+            normalizers: vec![softmax.clone(); n_head],
+            means: vec![None; n_head],
+        };
         Ok(Plan { layers: hparams.layers.iter().map(|l| layer(l.n_head)).collect() })
     }
 
@@ -49,8 +63,10 @@ impl Plan {
             let (layers, heads) = selector.split_once('.').unwrap_or((selector, "*"));
             let n_layer = self.layers.len();
             for layer in &mut self.layers[range("layer", layers, n_layer)?] {
-                let n_head = layer.normalizers.len();
-                layer.normalizers[range("head", heads, n_head)?].fill(choice.clone());
+                let heads = range("head", heads, layer.normalizers.len())?;
+                layer.normalizers[heads.clone()].fill(choice.clone());
+                // They belong to what was there before.
+                layer.means[heads].fill(None);
             }
         }
         Ok(())
@@ -77,7 +93,7 @@ impl Plan {
 }
 
 /// The part of `n` layers or heads that `text` selects.
-fn range(what: &str, text: &str, n: usize) -> Result<Range<usize>> {
+pub(crate) fn range(what: &str, text: &str, n: usize) -> Result<Range<usize>> {
     let number = |text: &str| text.trim().parse::<usize>().ok().filter(|i| *i < n);
     let ends =
         text.split_once('-').map_or((number(text), number(text)), |(a, b)| (number(a), number(b)));

@@ -1,12 +1,14 @@
 //! The command line: one file per command, one line in the table.
 
 mod bench;
+mod calibrate;
 mod chat;
 mod eval;
 mod generate;
 mod inspect;
 mod norms;
 mod options;
+mod patterns;
 mod sampling;
 mod template;
 mod terminal;
@@ -48,7 +50,9 @@ static COMMANDS: &[Entry] = &[
     entry::<generate::Generate>(),
     entry::<eval::Eval>(),
     entry::<bench::Bench>(),
+    entry::<calibrate::Calibrate>(),
     entry::<norms::Norms>(),
+    entry::<patterns::Patterns>(),
     entry::<inspect::Inspect>(),
     entry::<tokenize::Tokenize>(),
     entry::<template::Template>(),

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
-use super::terminal::note;
+use super::terminal::{note, read_text};
 use crate::bad_usage;
 use crate::cpu::threads::default_threads;
 use crate::cpu::{CacheType, Threads};
 use crate::error::{Error, Result};
 use crate::gguf::{Bytes, Gguf, evict};
 use crate::model::Model;
+use crate::plan::PlanFile;
 use crate::session::{Options, Session};
 use crate::simd::{self, Level};
 
@@ -92,6 +93,9 @@ pub(super) struct RunArgs {
     /// such as '*=softmax;0-3=sigmoid;5.2=entmax:alpha=1.1'; see `norms`
     #[arg(long, value_name = "PLAN")]
     norm: Option<String>,
+    /// Plan file, from `calibrate`; --norm goes over what it says
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
     /// Type of cached keys
     #[arg(long, visible_alias = "ctk", value_name = "TYPE", default_value = "f16")]
     cache_type_k: CacheType,
@@ -129,6 +133,10 @@ impl RunArgs {
 
     /// A model with the normalizers that were asked for.
     pub(super) fn planned(&self, mut model: Model) -> Result<Arc<Model>> {
+        if let Some(path) = &self.plan {
+            let file = PlanFile::parse(&read_text(Some(path))?).map_err(|e| e.at(path))?;
+            model.apply(&file).map_err(|e| e.at(path))?;
+        }
         if let Some(text) = &self.norm {
             model.set_normalizers(text)?;
         }

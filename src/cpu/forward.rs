@@ -261,7 +261,15 @@ impl Buffers {
         }
         self.heads.resize(rest.len(), w.attn_output.n_in);
         self.attend(pass, i, cache, pass.n_past + rest.start);
-        self.heads.finish(pass.crew, w.attn_output.integer, |_, _| {});
+        let attention = &pass.model.attention[i];
+        self.heads.finish(pass.crew, w.attn_output.integer, |_, row| {
+            let heads = row.chunks_exact_mut(attention.geometry.value_dim).enumerate();
+            for (head, output) in heads {
+                if let Some(mean) = attention.mean(head) {
+                    simd::add(output, mean);
+                }
+            }
+        });
     }
 
     /// A normed copy of the residual stream.

@@ -139,7 +139,7 @@ impl Engine {
         &mut self,
         model: &mut Model,
         cache: &mut KvCache,
-        windows: &[&[u32]],
+        windows: &[Vec<u32>],
         observer: &dyn Observer,
         change: &mut dyn FnMut(&mut Model, usize) -> Result<bool>,
     ) -> Result<()> {

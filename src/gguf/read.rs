@@ -10,6 +10,8 @@ use super::{
     Bytes, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, VERSIONS, check_alignment,
     data_size, split,
 };
+use sha2::{Digest, Sha256};
+
 use crate::bad_file;
 use crate::error::{Error, Result, excerpt};
 use crate::quant::{self, Type};
@@ -289,6 +291,20 @@ impl Gguf {
     pub fn data(&self, tensor: &Tensor) -> Bytes {
         let part = self.parts.get(tensor.part).and_then(|p| p.slice(tensor.range.clone()));
         part.unwrap_or_else(|| Bytes::from(Vec::new()))
+    }
+
+    /// A number for the weights, in hexadecimal: SHA-256, cut to 128 bits, of the names, types, shapes
+    /// and both ends of all tensors. Reads two pages of each.
+    pub fn hash(&self) -> String {
+        const END: usize = 4096;
+        let mut hash = Sha256::new();
+        for tensor in &self.tensors {
+            hash.update(format!("{} {} {:?};", tensor.name, tensor.ty.name, tensor.dims));
+            let data = self.data(tensor);
+            hash.update(&data[..data.len().min(END)]);
+            hash.update(&data[data.len().saturating_sub(END)..]);
+        }
+        hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// An integer of any width that fits u32, if the key is there.

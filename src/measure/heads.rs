@@ -3,7 +3,7 @@
 //! Definitions: entropy and support of a row are those of `|w| / sum |w|`, so that weights which do not
 //! sum to 1 can be compared; the sum itself, the row's mass, is reported apart.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use crate::bad_usage;
 use crate::cpu::{Observer, Seen};
@@ -11,7 +11,6 @@ use crate::error::Result;
 use crate::measure::quality::Windows;
 use crate::model::Model;
 use crate::normalizer::{Choice, Row};
-use crate::plan::Plan;
 use crate::session::Session;
 
 /// What one head does, over all rows that were seen.
@@ -89,14 +88,18 @@ impl HeadStats {
 
     /// `(intercept, slope)` of the line that fits `log_sum` over `ln n` best.
     pub fn log_sum_over_n(&self) -> (f64, f64) {
-        let points = || self.rows.iter().map(|r| (f64::from(r.n).ln(), f64::from(r.log_sum)));
-        let n = self.rows.len() as f64;
-        let (x, y) = points().fold((0.0, 0.0), |m, p| (m.0 + p.0 / n, m.1 + p.1 / n));
-        let (xx, xy) = points()
-            .fold((0.0, 0.0), |m, p| (m.0 + (p.0 - x) * (p.0 - x), m.1 + (p.0 - x) * (p.1 - y)));
-        let slope = if xx > 0.0 { xy / xx } else { 0.0 };
-        (y - slope * x, slope)
+        line(self.rows.iter().map(|r| (f64::from(r.n).ln(), f64::from(r.log_sum))))
     }
+}
+
+/// `(intercept, slope)` of the line that fits points best, in the sense of least squares.
+pub(super) fn line(points: impl Iterator<Item = (f64, f64)> + Clone) -> (f64, f64) {
+    let n = points.clone().count() as f64;
+    let (x, y) = points.clone().fold((0.0, 0.0), |m, p| (m.0 + p.0 / n, m.1 + p.1 / n));
+    let (xx, xy) =
+        points.fold((0.0, 0.0), |m, p| (m.0 + (p.0 - x) * (p.0 - x), m.1 + (p.0 - x) * (p.1 - y)));
+    let slope = if xx > 0.0 { xy / xx } else { 0.0 };
+    (y - slope * x, slope)
 }
 
 /// Collects [`HeadStats`].
@@ -109,24 +112,26 @@ struct Collector {
 
 struct Collected {
     trained: Option<Choice>,
+    /// What is added to outputs.
+    mean: Option<Arc<[f32]>>,
     rows: Vec<RowStats>,
     error: f64,
     size: f64,
 }
 
 impl Collector {
-    fn new(model: &Model) -> Result<Collector> {
-        let trained = Plan::trained(&model.hparams)?;
-        let layers = model.plan.layers.iter().zip(trained.layers);
+    fn new(model: &Model) -> Collector {
+        let layers = model.plan.layers.iter().zip(&model.trained.layers);
         let heads = layers.map(|(layer, trained)| {
-            let heads = layer.normalizers.iter().zip(trained.normalizers);
-            let head = heads.map(|(used, trained)| {
-                let trained = (used.text() != trained.text()).then_some(trained);
-                Mutex::new(Collected { trained, rows: Vec::new(), error: 0.0, size: 0.0 })
+            let heads = layer.normalizers.iter().zip(&trained.normalizers).zip(&layer.means);
+            let head = heads.map(|((used, trained), mean)| {
+                let trained = (used.text() != trained.text()).then(|| trained.clone());
+                let mean = mean.clone();
+                Mutex::new(Collected { trained, mean, rows: Vec::new(), error: 0.0, size: 0.0 })
             });
             head.collect()
         });
-        Ok(Collector { heads: heads.collect(), n_ctx_train: model.hparams.n_ctx_train })
+        Collector { heads: heads.collect(), n_ctx_train: model.hparams.n_ctx_train }
     }
 }
 
@@ -142,6 +147,7 @@ impl Observer for Collector {
         head.rows.extend(rows.clone().map(|(scores, weights)| RowStats::new(scores, weights)));
         let Some(trained) = head.trained.clone() else { return };
         let dim = seen.values.len() / seen.n_keys;
+        let mean = head.mean.clone().unwrap_or_else(|| vec![0.0; dim].into());
         let (mut row, mut wanted) = (Vec::new(), vec![0.0f32; dim]);
         for (t, (scores, output)) in
             seen.scores.chunks_exact(seen.n_keys).zip(seen.outputs.chunks_exact(dim)).enumerate()
@@ -158,8 +164,8 @@ impl Observer for Collector {
             for (w, (_, value)) in row.iter().zip(visible) {
                 crate::simd::add_scaled(&mut wanted, *w, value);
             }
-            for (o, wanted) in output.iter().zip(&wanted) {
-                head.error += f64::from(o - wanted).powi(2);
+            for ((o, wanted), mean) in output.iter().zip(&wanted).zip(mean.iter()) {
+                head.error += f64::from(o + mean - wanted).powi(2);
                 head.size += f64::from(*wanted).powi(2);
             }
         }
@@ -175,7 +181,7 @@ pub fn observe(
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<HeadStats>> {
     let model = session.model().clone();
-    let collector = Collector::new(&model)?;
+    let collector = Collector::new(&model);
     for (i, window) in windows.inputs(&model.tokenizer).take(n).enumerate() {
         session.rewind(0);
         session.feed_observed(&window, 0..0, &collector)?;

@@ -1,7 +1,12 @@
 //! Measuring what a model knows, and what a change costs.
 
+pub mod calibrate;
+pub mod export;
 pub mod heads;
 pub mod latency;
 pub mod quality;
 pub mod record;
 pub mod shape;
+
+/// Text to measure and to fit with unless there is another: pages of 16 public-domain books.
+pub static SAMPLE: &str = include_str!("sample.txt");

@@ -256,6 +256,21 @@ impl Choice {
         Ok(())
     }
 
+    /// The same with other values of some parameters.
+    pub fn with_values(&self, values: &[(&str, f32)]) -> Result<Choice> {
+        let mut choice = self.clone();
+        for (name, value) in values {
+            choice.set(name, &value.to_string())?;
+        }
+        Ok(Choice::with(self.kind, choice.values))
+    }
+
+    /// The value of a parameter, if there is one of this name.
+    pub fn value(&self, name: &str) -> Option<f32> {
+        let at = self.kind.params.iter().chain(COMMON).position(|p| p.name == name)?;
+        Some(self.values[at])
+    }
+
     /// The kind.
     pub fn kind(&self) -> &'static Kind {
         self.kind

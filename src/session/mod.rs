@@ -11,6 +11,7 @@ use crate::cpu::threads::default_threads;
 use crate::cpu::{CacheType, Engine, KvCache, Observer, Threads};
 use crate::error::Result;
 use crate::model::Model;
+use crate::plan::Plan;
 
 /// Longest context that a session has unless asked: the cache should fit a laptop.
 const DEFAULT_N_CTX: usize = 8192;
@@ -119,6 +120,42 @@ impl Session {
         self.engine.n_products()
     }
 
+    /// Uses another plan, and forgets all tokens. Refused while others hold the model.
+    pub fn set_plan(&mut self, plan: Plan) -> Result<()> {
+        self.rewind(0);
+        match Arc::get_mut(&mut self.model) {
+            Some(model) => model.set_plan(plan),
+            None => bad_usage!("another plan: the model is in use elsewhere"),
+        }
+        Ok(())
+    }
+
+    /// Takes sequences through the layers, see [`Engine::layer_by_layer`]; forgets all tokens.
+    pub fn layer_by_layer(
+        &mut self,
+        sequences: &[Vec<u32>],
+        observer: &dyn Observer,
+        change: &mut dyn FnMut(&mut Model, usize) -> Result<bool>,
+    ) -> Result<()> {
+        self.rewind(0);
+        for tokens in sequences {
+            self.check_tokens(tokens)?;
+            self.check_room(tokens.len())?;
+        }
+        let Some(model) = Arc::get_mut(&mut self.model) else {
+            bad_usage!("layer by layer: the model is in use elsewhere");
+        };
+        self.engine.layer_by_layer(model, &mut self.cache, sequences, observer, change)
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        let n_vocab = self.model.hparams.n_vocab;
+        if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
+            bad_usage!("token {token}; the vocabulary has {n_vocab}");
+        }
+        Ok(())
+    }
+
     /// The tokens read so far.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
@@ -158,10 +195,7 @@ impl Session {
         wanted: Range<usize>,
         observer: Option<&dyn Observer>,
     ) -> Result<&[f32]> {
-        let n_vocab = self.model.hparams.n_vocab;
-        if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
-            bad_usage!("token {token}; the vocabulary has {n_vocab}");
-        }
+        self.check_tokens(tokens)?;
         let n_past = self.tokens.len();
         self.check_room(n_past + tokens.len())?;
         self.logits.clear();
