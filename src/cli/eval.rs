@@ -1,4 +1,4 @@
-//! `qkov eval`: how well a model predicts a text.
+//! `qkov eval`: how well a model predicts a text, and what a change costs.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,8 @@ use super::terminal::{print, print_json, progress, read_text};
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{Sink, replace_file};
-use crate::measure::quality::{Base, Quality, Windows, evaluate};
+use crate::measure::quality::{Base, Divergence, Estimate, Quality, Spread, Windows, evaluate};
+use crate::measure::retrieval::{DEPTHS, Found, Probe, Retrieval, retrieve};
 use crate::session::Session;
 
 #[derive(Args)]
@@ -25,10 +26,17 @@ pub(super) struct Eval {
     /// --kl-divergence-base
     #[arg(long, value_name = "FILE")]
     base: Option<PathBuf>,
+    /// Compares with the same model under another plan of normalizers, written as for --norm;
+    /// without a plan, with the model as trained. Both are in memory at once
+    #[arg(long, value_name = "PLAN", num_args = 0..=1, default_missing_value = "softmax", conflicts_with = "base")]
+    against: Option<String>,
     /// Writes this model's log-probabilities to a file that can be a --base
     #[arg(long, value_name = "FILE")]
     save_base: Option<PathBuf>,
-    /// Prints the result as JSON
+    /// Also hides random tokens in the text and asks for them at its end
+    #[arg(long)]
+    retrieval: bool,
+    /// Prints the result as JSON; shares and probabilities are from 0 to 1
     #[arg(long)]
     json: bool,
 }
@@ -36,15 +44,24 @@ pub(super) struct Eval {
 /// Window in tokens unless asked: llama.cpp's.
 const DEFAULT_WINDOW: usize = 512;
 
+/// What was measured.
+struct Measured {
+    quality: Quality,
+    retrieval: Option<Retrieval>,
+    /// What the model was compared with, in words.
+    base: Option<String>,
+    base_retrieval: Option<Retrieval>,
+}
+
 impl Run for Eval {
     const NAME: &'static str = "eval";
-    const ABOUT: &'static str = "Measure perplexity, and divergence from a base";
+    const ABOUT: &'static str = "Measure perplexity, divergence from a base, and retrieval";
 
     fn run(self) -> Result<()> {
         let text = self.file.as_deref().map(|path| read_text(Some(path))).transpose()?;
         let model = self.run.open()?;
         let n_vocab = model.hparams.n_vocab;
-        let base = self.base.as_deref().map(|path| Base::open(path, n_vocab)).transpose()?;
+        let mut base = self.base.as_deref().map(|path| Base::open(path, n_vocab)).transpose()?;
         let n_ctx = match (&base, self.run.ctx) {
             (Some(base), Some(asked)) if asked != base.windows.n_ctx => {
                 bad_usage!("--ctx {asked}, but the base has windows of {}", base.windows.n_ctx)
@@ -56,19 +73,51 @@ impl Run for Eval {
             Some(text) => Some(Windows::new(model.tokenizer.encode(&text, true, false)?, n_ctx)?),
             None => None,
         };
-        if let (Some(base), Some(own)) = (&base, &own)
-            && base.windows.tokens() != own.tokens()
-        {
-            bad_usage!("the base was made from another text, or with another tokenizer");
-        }
-        let Some(windows) = base.as_ref().map(|b| &b.windows).or(own.as_ref()) else {
+        let Some(windows) = own.or_else(|| base.as_ref().map(|base| base.windows.clone())) else {
             bad_usage!("a text is needed: --file or --base");
         };
         let mut session = self.run.session(model, Some(n_ctx))?;
+        let mut base_name = self.base.as_ref().map(|path| path.to_string_lossy().into_owned());
+        if let Some(plan) = &self.against {
+            let other = self.run.base_session(plan, n_ctx)?;
+            base_name = Some(other.model().plan.names()[0].clone());
+            base = Some(Base::live(other, windows.clone()));
+        }
+        let quality = self.evaluate(&mut session, &windows, base.as_mut())?;
+        let (mut retrieval, mut base_retrieval) = (None, None);
+        if self.retrieval {
+            retrieval = Some(find(&mut session, &windows)?);
+            if let Some(other) = base.as_mut().and_then(Base::session) {
+                base_retrieval = Some(find(other, &windows)?);
+            }
+        }
+        let measured = Measured { quality, retrieval, base: base_name, base_retrieval };
+        match self.json {
+            true => print_json(&self.report(&session, &measured)),
+            false => print(self.text(&session, &measured).as_bytes()),
+        }
+    }
+}
+
+/// Looks for needles in the windows' text.
+fn find(session: &mut Session, windows: &Windows) -> Result<Retrieval> {
+    let probe = Probe { n_ctx: windows.n_ctx, ..Probe::default() };
+    let bar = progress(probe.n_trials, "needles");
+    let found = retrieve(session, windows.tokens(), probe, &mut |n| bar.set_position(n as u64));
+    bar.finish_and_clear();
+    found
+}
+
+impl Eval {
+    fn evaluate(
+        &self,
+        session: &mut Session,
+        windows: &Windows,
+        base: Option<&mut Base>,
+    ) -> Result<Quality> {
         let bar = progress(windows.len(), "windows");
-        let mut run = |save: Option<&mut Sink>| {
-            let mut progress = |n| bar.set_position(n as u64);
-            evaluate(&mut session, windows, base.as_ref(), save, &mut progress)
+        let run = |save: Option<&mut Sink>| {
+            evaluate(session, windows, base, save, &mut |n| bar.set_position(n as u64))
         };
         let quality = match &self.save_base {
             None => run(None)?,
@@ -83,19 +132,14 @@ impl Run for Eval {
             }
         };
         bar.finish_and_clear();
-        match self.json {
-            true => print_json(&self.report(&session, &quality)),
-            false => print(self.text(&session, &quality).as_bytes()),
-        }
+        Ok(quality)
     }
-}
 
-impl Eval {
-    fn report(&self, session: &Session, quality: &Quality) -> Value {
+    fn report(&self, session: &Session, measured: &Measured) -> Value {
         let model = session.model();
         let [norm, form, mask] = model.plan.names();
-        let d = quality.divergence.as_ref();
-        json!({
+        let quality = &measured.quality;
+        let mut report = json!({
             "model_filename": self.run.model.name(),
             "model_type": model.kind(),
             "n_params": model.n_params(),
@@ -108,42 +152,91 @@ impl Eval {
             "mask": mask,
             "tokens": quality.tokens,
             "n_ctx": quality.n_ctx,
-            "ppl": quality.ppl,
-            "ppl_err": quality.ppl_err,
-            "base": self.base.as_ref().map(|p| p.to_string_lossy()),
-            "base_ppl": d.map(|d| d.base_ppl),
-            "kl_mean": d.map(|d| d.kl_mean),
-            "kl_err": d.map(|d| d.kl_err),
-            "kl_p99": d.map(|d| d.kl_p99),
-            "kl_max": d.map(|d| d.kl_max),
-            "same_top": d.map(|d| d.same_top),
-            "same_top_err": d.map(|d| d.same_top_err),
-        })
+            "base": measured.base,
+        });
+        let retrieval = measured.retrieval.iter().flat_map(Retrieval::fields);
+        let base_retrieval = measured.base_retrieval.iter().flat_map(Retrieval::fields);
+        let base_retrieval = base_retrieval.map(|(name, x)| (format!("base_{name}"), x));
+        for (name, x) in quality.fields().into_iter().chain(retrieval).chain(base_retrieval) {
+            report[name] = json!(x);
+        }
+        report
     }
 
-    fn text(&self, session: &Session, q: &Quality) -> String {
+    fn text(&self, session: &Session, measured: &Measured) -> String {
+        let (model, q) = (session.model(), &measured.quality);
+        let [norm, ..] = model.plan.names();
         let mut text = format!(
-            "{} ({}), {} tokens scored in windows of {}\nperplexity   {:.4} +/- {:.4}\n",
+            "{} ({}), {norm}\n{} tokens scored in windows of {}\n\nperplexity       {}\n",
             self.run.model.name(),
-            session.model().kind(),
+            model.kind(),
             q.tokens,
             q.n_ctx,
-            q.ppl,
-            q.ppl_err
+            estimate(q.ppl, 4),
         );
-        if let Some(d) = &q.divergence {
-            text += &format!(
-                "of the base  {:.4}\nKL mean      {:.6} +/- {:.6} nats per token\nKL 99 %      {:.6}\n\
-                 KL max       {:.6}\nsame top     {:.3} +/- {:.3} %\n",
-                d.base_ppl,
-                d.kl_mean,
-                d.kl_err,
-                d.kl_p99,
-                d.kl_max,
-                d.same_top * 100.0,
-                d.same_top_err * 100.0
-            );
+        if let (Some(d), Some(base)) = (&q.divergence, &measured.base) {
+            text += &divergence(d, base);
+        }
+        if let Some(r) = &measured.retrieval {
+            text += &retrieval(r, measured.base_retrieval.as_ref());
         }
         text
     }
+}
+
+/// The number and its error, in columns that line up.
+fn estimate(x: Estimate, digits: usize) -> String {
+    let width = 8 + digits;
+    format!("{:width$.digits$} ± {:.digits$}", x.value, x.err)
+}
+
+fn divergence(d: &Divergence, base: &str) -> String {
+    // The names of the points that a line has room for.
+    const SHARES: [f64; 7] = [0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0];
+    let row = |name: &str, spread: &Spread, factor: f64, digits: usize| {
+        let points = SHARES.map(|s| format!("{:9.digits$}", factor * spread.at(s)));
+        format!("{name:<17}{}\n", points.concat())
+    };
+    format!(
+        "  of the base    {}   {base}\n  ratio          {}\n  difference     {}\n\
+         same top token   {} %\nKL divergence    {}   nats per token\n\
+         Δp               {} %, of the right token\nΔp, RMS          {} %\n\n\
+         {:17}      min      1 %     10 %   median     90 %     99 %      max\n{}{}",
+        estimate(d.base_ppl, 4),
+        estimate(d.ppl_ratio, 4),
+        estimate(d.ppl_diff, 4),
+        estimate(d.same_top.times(100.0), 3),
+        estimate(d.kl.mean, 6),
+        estimate(d.dp.mean.times(100.0), 3),
+        estimate(d.dp_rms.times(100.0), 3),
+        "",
+        row("KL divergence", &d.kl, 1.0, 5),
+        row("Δp, %", &d.dp, 100.0, 2),
+    )
+}
+
+fn retrieval(r: &Retrieval, base: Option<&Retrieval>) -> String {
+    let Probe { n_ctx, n_needle, n_cue, n_trials, .. } = r.probe;
+    let mut text = format!(
+        "\nretrieval: {n_needle} random tokens hidden in {} of the text, {n_trials} times at each depth.\n\
+         After their first {n_cue} are repeated: share of the others that is most likely, and\n\
+         what hiding them added to their log-probability, in nats per token\n\n\
+         depth            top-1 %          gain{}\n",
+        n_ctx - n_needle,
+        if base.is_some() { "             base: top-1 %    gain" } else { "" },
+    );
+    let cells = |f: &Found| {
+        let top1 = f.top1.times(100.0);
+        format!("{:9.1} ± {:<4.1} {:8.2} ± {:.2}", top1.value, top1.err, f.gain.value, f.gain.err)
+    };
+    let mut line = |name: String, pick: &dyn Fn(&Retrieval) -> Found| {
+        let base = base.map_or(String::new(), |base| format!("      {}", cells(&pick(base))));
+        text += &format!("{name:<9}{}{base}\n", cells(&pick(r)));
+    };
+    for (i, depth) in DEPTHS.iter().enumerate() {
+        line(format!("{:.0} %", 100.0 * depth), &|r| r.depths[i]);
+    }
+    line("all".into(), &|r| r.all);
+    let chance = r.chance.times(100.0);
+    text + &format!("not there{:9.1} ± {:.1}\n", chance.value, chance.err)
 }

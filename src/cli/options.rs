@@ -163,10 +163,7 @@ impl RunArgs {
 
     /// An empty session with a context of `n_ctx`; warnings go to stderr.
     pub(super) fn session(&self, model: Arc<Model>, n_ctx: Option<usize>) -> Result<Session> {
-        match self.threads()[..] {
-            [n_threads] => self.session_with(model, n_ctx, n_threads),
-            _ => bad_usage!("--threads: one number; only `bench` takes several"),
-        }
+        self.session_with(model, n_ctx, self.one_threads()?)
     }
 
     /// The same, with other numbers of threads than `--threads` says.
@@ -176,17 +173,38 @@ impl RunArgs {
         n_ctx: Option<usize>,
         n_threads: Threads,
     ) -> Result<Session> {
-        let mut options = Options { n_ctx, n_threads, ..Options::default() };
-        options.pin = self.pin();
-        options.exact = self.exact;
+        let session = Session::new(model, &self.options(n_ctx, n_threads)?)?;
+        session.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
+        Ok(session)
+    }
+
+    /// A session beside another one, of the model as trained but for the normalizers in `norm`.
+    /// What there is to warn of has been said.
+    pub(super) fn base_session(&self, norm: &str, n_ctx: usize) -> Result<Session> {
+        let mut model = Model::from_gguf(self.model.gguf()?).map_err(|e| self.model.at(e))?;
+        model.set_normalizers(norm)?;
+        Session::new(Arc::new(model), &self.options(Some(n_ctx), self.one_threads()?)?)
+    }
+
+    fn one_threads(&self) -> Result<Threads> {
+        match self.threads()[..] {
+            [n_threads] => Ok(n_threads),
+            _ => bad_usage!("--threads: one number; only `bench` takes several"),
+        }
+    }
+
+    fn options(&self, n_ctx: Option<usize>, n_threads: Threads) -> Result<Options> {
         if let Some(level) = self.simd
             && !simd::set_level(level)
         {
             bad_usage!("--simd {}: this processor does not have it", level.name());
         }
-        options.cache = (self.cache_type_k, self.cache_type_v);
-        let session = Session::new(model, &options)?;
-        session.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
-        Ok(session)
+        Ok(Options {
+            n_ctx,
+            n_threads,
+            pin: self.pin(),
+            exact: self.exact,
+            cache: (self.cache_type_k, self.cache_type_v),
+        })
     }
 }

@@ -1,11 +1,14 @@
 //! Measuring what a model knows, and what a change costs.
 
+mod base;
 pub mod calibrate;
+mod divergence;
 pub mod export;
 pub mod heads;
 pub mod latency;
 pub mod quality;
 pub mod record;
+pub mod retrieval;
 pub mod shape;
 
 /// Text to measure and to fit with unless there is another: pages of 16 public-domain books.
