@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::builder::PossibleValue;
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::Run;
@@ -12,7 +13,7 @@ use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{Sink, replace_file};
 use crate::measure::quality::{Base, Divergence, Estimate, Quality, Spread, Windows, evaluate};
-use crate::measure::retrieval::{DEPTHS, Found, Probe, Retrieval, retrieve};
+use crate::measure::retrieval::{DEPTHS, Found, Needle, Probe, Retrieval, retrieve};
 use crate::session::Session;
 
 #[derive(Args)]
@@ -33,9 +34,10 @@ pub(super) struct Eval {
     /// Writes this model's log-probabilities to a file that can be a --base
     #[arg(long, value_name = "FILE")]
     save_base: Option<PathBuf>,
-    /// Also hides random tokens in the text and asks for them at its end
-    #[arg(long)]
-    retrieval: bool,
+    /// Also hides passages in the text and asks for them at its end; models that can copy pass
+    /// with `random` tokens too
+    #[arg(long, value_name = "NEEDLE", num_args = 0..=1, default_missing_value = "passage")]
+    retrieval: Option<Needle>,
     /// Prints the result as JSON; shares and probabilities are from 0 to 1
     #[arg(long)]
     json: bool,
@@ -85,10 +87,10 @@ impl Run for Eval {
         }
         let quality = self.evaluate(&mut session, &windows, base.as_mut())?;
         let (mut retrieval, mut base_retrieval) = (None, None);
-        if self.retrieval {
-            retrieval = Some(find(&mut session, &windows)?);
+        if let Some(needle) = self.retrieval {
+            retrieval = Some(find(&mut session, &windows, needle)?);
             if let Some(other) = base.as_mut().and_then(Base::session) {
-                base_retrieval = Some(find(other, &windows)?);
+                base_retrieval = Some(find(other, &windows, needle)?);
             }
         }
         let measured = Measured { quality, retrieval, base: base_name, base_retrieval };
@@ -99,9 +101,23 @@ impl Run for Eval {
     }
 }
 
+impl ValueEnum for Needle {
+    fn value_variants<'a>() -> &'a [Needle] {
+        &[Needle::Passage, Needle::Random]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let name = match self {
+            Needle::Passage => "passage",
+            Needle::Random => "random",
+        };
+        Some(PossibleValue::new(name))
+    }
+}
+
 /// Looks for needles in the windows' text.
-fn find(session: &mut Session, windows: &Windows) -> Result<Retrieval> {
-    let probe = Probe { n_ctx: windows.n_ctx, ..Probe::default() };
+fn find(session: &mut Session, windows: &Windows, needle: Needle) -> Result<Retrieval> {
+    let probe = Probe { needle, n_ctx: windows.n_ctx, ..Probe::default() };
     let bar = progress(probe.n_trials, "needles");
     let found = retrieve(session, windows.tokens(), probe, &mut |n| bar.set_position(n as u64));
     bar.finish_and_clear();
@@ -216,27 +232,37 @@ fn divergence(d: &Divergence, base: &str) -> String {
 }
 
 fn retrieval(r: &Retrieval, base: Option<&Retrieval>) -> String {
-    let Probe { n_ctx, n_needle, n_cue, n_trials, .. } = r.probe;
+    let Probe { needle, n_ctx, n_needle, n_cue, n_trials, .. } = r.probe;
+    let what = match needle {
+        Needle::Passage => "a passage",
+        Needle::Random => "random tokens",
+    };
+    let titles = format!("{:>7}{:>11}{:>14}", "top-1 %", "added", "nats");
+    let (names, titles) = match base {
+        Some(_) => (format!("{:>18}{:>35}\n", "this", "base"), format!("{titles}   {titles}")),
+        None => (String::new(), titles),
+    };
     let mut text = format!(
-        "\nretrieval: {n_needle} random tokens hidden in {} of the text, {n_trials} times at each depth.\n\
-         After their first {n_cue} are repeated: share of the others that is most likely, and\n\
-         what hiding them added to their log-probability, in nats per token\n\n\
-         depth            top-1 %          gain{}\n",
+        "\nretrieval: {what} of {n_needle} tokens hidden in {} of the text, {n_trials} texts;\n\
+         after its first {n_cue} are repeated: share of the rest that is most likely, and\n\
+         what hiding it added to that share and to the log-probability of a token\n\n\
+         {names}depth  {titles}\n",
         n_ctx - n_needle,
-        if base.is_some() { "             base: top-1 %    gain" } else { "" },
     );
     let cells = |f: &Found| {
-        let top1 = f.top1.times(100.0);
-        format!("{:9.1} ± {:<4.1} {:8.2} ± {:.2}", top1.value, top1.err, f.gain.value, f.gain.err)
+        let (top1, added, gain) = (100.0 * f.top1.value, f.top1_gain.times(100.0), f.gain);
+        format!(
+            "{top1:5.1} {:+6.1} ± {:<4.1}{:+6.2} ± {:.2}",
+            added.value, added.err, gain.value, gain.err
+        )
     };
     let mut line = |name: String, pick: &dyn Fn(&Retrieval) -> Found| {
-        let base = base.map_or(String::new(), |base| format!("      {}", cells(&pick(base))));
-        text += &format!("{name:<9}{}{base}\n", cells(&pick(r)));
+        let base = base.map_or(String::new(), |base| format!("   {}", cells(&pick(base))));
+        text += &format!("{name:<7}{}{base}\n", cells(&pick(r)));
     };
     for (i, depth) in DEPTHS.iter().enumerate() {
         line(format!("{:.0} %", 100.0 * depth), &|r| r.depths[i]);
     }
     line("all".into(), &|r| r.all);
-    let chance = r.chance.times(100.0);
-    text + &format!("not there{:9.1} ± {:.1}\n", chance.value, chance.err)
+    text
 }

@@ -1,9 +1,12 @@
 //! Whether a model finds again what it has read, which perplexity hardly shows.
 //!
-//! A needle of random tokens replaces a part of a text. The text ends with the needle's beginning,
-//! and the model must go on with the rest: the probe of induction of Olsson et al. 2022 (arXiv
+//! A needle replaces a part of a text. At the text's end the needle's beginning is repeated, and
+//! the model is to go on with the rest: the probe of induction of Olsson et al. 2022 (arXiv
 //! 2209.11895), at the depths of a search for a needle in a haystack (Hsieh et al. 2024, arXiv
-//! 2404.06654). It is scored by likelihood, so that models too small to answer questions can take it.
+//! 2404.06654). It is scored by likelihood, against the same text without the needle, so that
+//! models too small to answer questions can take it.
+
+use std::ops::Range;
 
 use super::quality::{Estimate, Row};
 use crate::bad_usage;
@@ -14,9 +17,20 @@ use crate::session::sampler::Random;
 /// Where needles lie: shares of the text before them.
 pub const DEPTHS: [f64; 5] = [0.1, 0.3, 0.5, 0.7, 0.9];
 
+/// What is hidden.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needle {
+    /// A passage from elsewhere in the text, of which even a model that cannot copy keeps something.
+    Passage,
+    /// Different tokens of the text in random order, which nothing but copying can find.
+    Random,
+}
+
 /// How the probe is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Probe {
+    /// What is hidden.
+    pub needle: Needle,
     /// Tokens of a text with the needle repeated at its end.
     pub n_ctx: usize,
     /// Tokens of a needle.
@@ -31,7 +45,8 @@ pub struct Probe {
 
 impl Default for Probe {
     fn default() -> Probe {
-        Probe { n_ctx: 512, n_needle: 16, n_cue: 8, n_trials: 16, seed: 0 }
+        let needle = Needle::Passage;
+        Probe { needle, n_ctx: 512, n_needle: 32, n_cue: 16, n_trials: 24, seed: 0 }
     }
 }
 
@@ -53,7 +68,9 @@ pub struct Retrieval {
 pub struct Found {
     /// Share of the tokens asked for that is most likely.
     pub top1: Estimate,
-    /// What the needle adds to their log-probability, in nats per token.
+    /// What the needle adds to that share.
+    pub top1_gain: Estimate,
+    /// What it adds to their log-probability, in nats per token.
     pub gain: Estimate,
 }
 
@@ -69,13 +86,14 @@ impl Retrieval {
         let all = std::iter::once(("retrieval".to_string(), &self.all));
         for (name, found) in all.chain(depths.zip(&self.depths)) {
             put(format!("{name}_top1"), found.top1);
+            put(format!("{name}_top1_gain"), found.top1_gain);
             put(format!("{name}_gain"), found.gain);
         }
         out
     }
 }
 
-/// Scores of each text: share of the tokens most likely, mean log-probability.
+/// Of each text: share of the tokens asked for that is most likely, their mean log-probability.
 type Scores = Vec<[f64; 2]>;
 
 /// Hides needles in the text that `tokens` are. `progress` is called after every text with its
@@ -86,73 +104,73 @@ pub fn retrieve(
     probe: Probe,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Retrieval> {
-    let Probe { n_ctx, n_needle, n_cue, n_trials, seed } = probe;
-    if n_cue == 0 || n_needle <= n_cue || n_trials < 2 {
-        bad_usage!(
-            "{n_trials} needles of {n_needle} tokens, {n_cue} repeated; allowed 2 or more, 1 repeated at least, and 1 not"
-        );
-    }
-    // Before the repeated needle.
-    let n_text = n_ctx.saturating_sub(n_needle);
-    if n_text < 2 * n_needle || tokens.len() < n_text {
-        bad_usage!(
-            "a probe of {n_ctx} tokens in a text of {}; allowed {} to {}",
-            tokens.len(),
-            3 * n_needle,
-            tokens.len() + n_needle
-        );
-    }
-    let mut known = tokens[1..].to_vec();
+    let n_text = probe.check(tokens.len())?;
+    let mut known = tokens.to_vec();
     known.sort_unstable();
     known.dedup();
-    if known.len() < n_needle {
-        bad_usage!("the text has {} different tokens; a needle has {n_needle}", known.len());
+    if probe.needle == Needle::Random && known.len() < probe.n_needle {
+        bad_usage!("{} different tokens; a needle has {}", known.len(), probe.n_needle);
     }
-    let mut random = Random::new(seed);
-    let mut without: Scores = Vec::new();
-    let mut with: Vec<Scores> = vec![Vec::new(); DEPTHS.len()];
-    for trial in 0..n_trials {
-        let start = trial * (tokens.len() - n_text) / (n_trials - 1);
-        let needle = draw(&known, n_needle, &mut random);
-        let mut text = tokens[start..start + n_text].to_vec();
-        text.extend(&needle);
-        let tokenizer = &session.model().tokenizer;
-        if let (Some(bos), true) = (tokenizer.bos(), tokenizer.add_bos()) {
-            text[0] = bos;
-        }
-        without.push(score(session, &text, probe)?);
-        // The deepest first: each shares more with the text before than the next one.
+    let tokenizer = &session.model().tokenizer;
+    let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
+    let mut random = Random::new(probe.seed);
+    let (mut without, mut with) = (Scores::new(), vec![Scores::new(); DEPTHS.len()]);
+    for trial in 0..probe.n_trials {
+        let start = trial * (tokens.len() - n_text) / (probe.n_trials - 1);
+        let needle = match probe.needle {
+            Needle::Passage => passage(tokens, start..start + n_text, probe.n_needle, &mut random),
+            Needle::Random => draw(&known, probe.n_needle, &mut random),
+        };
+        let mut text = [&tokens[start..start + n_text], &needle].concat();
+        text[0] = bos.unwrap_or(text[0]);
+        without.push(probe.score(session, &text)?);
+        // The deepest first: each begins with more of the text before it than the next one would.
         for (scores, depth) in with.iter_mut().zip(DEPTHS).rev() {
             let mut text = text.clone();
-            let at = 1 + (depth * (n_text - n_needle - 1) as f64).round() as usize;
-            text[at..at + n_needle].copy_from_slice(&needle);
-            scores.push(score(session, &text, probe)?);
+            let at = 1 + (depth * (n_text - needle.len() - 1) as f64).round() as usize;
+            text[at..at + needle.len()].copy_from_slice(&needle);
+            scores.push(probe.score(session, &text)?);
         }
         progress(trial + 1);
     }
-    let each = |i: usize, scores: &Scores| scores.iter().map(|s| s[i]).collect::<Vec<_>>();
-    let found = |scores: &Scores| {
-        let gains = scores.iter().zip(&without).map(|(with, without)| with[1] - without[1]);
-        let gain = Estimate::mean(&gains.collect::<Vec<_>>());
-        Found { top1: Estimate::mean(&each(0, scores)), gain }
-    };
     let mean = |trial: usize| {
         let sum = |i: usize| with.iter().map(|scores| scores[trial][i]).sum::<f64>();
         [sum(0), sum(1)].map(|sum| sum / with.len() as f64)
     };
+    let all: Scores = (0..probe.n_trials).map(mean).collect();
     Ok(Retrieval {
         probe,
-        chance: Estimate::mean(&each(0, &without)),
-        depths: with.iter().map(found).collect(),
-        all: found(&(0..n_trials).map(mean).collect()),
+        chance: Estimate::mean(&without.iter().map(|s| s[0]).collect::<Vec<_>>()),
+        depths: with.iter().map(|scores| Found::new(scores, &without)).collect(),
+        all: Found::new(&all, &without),
     })
+}
+
+impl Found {
+    fn new(with: &Scores, without: &Scores) -> Found {
+        let gain = |i: usize| {
+            let gains = with.iter().zip(without).map(|(with, without)| with[i] - without[i]);
+            Estimate::mean(&gains.collect::<Vec<_>>())
+        };
+        let top1 = Estimate::mean(&with.iter().map(|s| s[0]).collect::<Vec<_>>());
+        Found { top1, top1_gain: gain(0), gain: gain(1) }
+    }
+}
+
+/// `n` tokens that follow each other outside of `taken`, on one side of which there must be room.
+fn passage(tokens: &[u32], taken: Range<usize>, n: usize, random: &mut Random) -> Vec<u32> {
+    let before = (taken.start + 1).saturating_sub(n);
+    let after = (tokens.len() + 1).saturating_sub(taken.end + n);
+    let i = random.below(before + after);
+    let start = if i < before { i } else { taken.end + i - before };
+    tokens[start..start + n].to_vec()
 }
 
 /// `n` different tokens of those `known`.
 fn draw(known: &[u32], n: usize, random: &mut Random) -> Vec<u32> {
     let mut out = Vec::with_capacity(n);
     while out.len() < n {
-        let token = known[(random.uniform() * known.len() as f64) as usize];
+        let token = known[random.below(known.len())];
         if !out.contains(&token) {
             out.push(token);
         }
@@ -160,18 +178,44 @@ fn draw(known: &[u32], n: usize, random: &mut Random) -> Vec<u32> {
     out
 }
 
-/// How well the tokens after the cue are predicted.
-fn score(session: &mut Session, text: &[u32], probe: Probe) -> Result<[f64; 2]> {
-    let n_asked = probe.n_needle - probe.n_cue;
-    let (n_vocab, first) = (session.model().hparams.n_vocab, text.len() - n_asked);
-    let shared = session.tokens().iter().zip(text).take_while(|(a, b)| a == b).count();
-    let shared = shared.min(first - 1);
-    session.rewind(shared);
-    let input = &text[shared..text.len() - 1];
-    let logits = session.feed_wanting(input, first - 1 - shared..input.len())?;
-    let rows = logits.chunks_exact(n_vocab).map(Row::new).zip(&text[first..]);
-    let scores =
-        rows.map(|(row, token)| [f64::from(u8::from(row.top() == *token)), row.ln_p(*token)]);
-    let sum = scores.fold([0.0, 0.0], |sum, score| [sum[0] + score[0], sum[1] + score[1]]);
-    Ok(sum.map(|sum| sum / n_asked as f64))
+impl Probe {
+    /// Refuses what cannot be measured in a text of `n_tokens`. Tokens before the repeated needle.
+    fn check(&self, n_tokens: usize) -> Result<usize> {
+        let Probe { n_ctx, n_needle, n_cue, n_trials, .. } = *self;
+        if n_trials < 2 || n_cue == 0 || n_cue >= n_needle {
+            bad_usage!(
+                "{n_trials} needles of {n_needle} tokens, {n_cue} repeated; allowed 2 or more \
+                 needles, and 1 to {} repeated",
+                n_needle.saturating_sub(1)
+            );
+        }
+        let n_text = n_ctx.saturating_sub(n_needle);
+        if n_text < 2 * n_needle {
+            bad_usage!(
+                "a context of {n_ctx} tokens for retrieval; allowed {} or more",
+                3 * n_needle
+            );
+        }
+        if n_tokens < n_text + 2 * n_needle {
+            bad_usage!("a text of {n_tokens} tokens; allowed {} or more", n_text + 2 * n_needle);
+        }
+        Ok(n_text)
+    }
+
+    /// How well the tokens after the cue are predicted.
+    fn score(&self, session: &mut Session, text: &[u32]) -> Result<[f64; 2]> {
+        let n_asked = self.n_needle - self.n_cue;
+        let (n_vocab, first) = (session.model().hparams.n_vocab, text.len() - n_asked);
+        let shared = session.tokens().iter().zip(text).take_while(|(a, b)| a == b).count();
+        let shared = shared.min(first - 1);
+        session.rewind(shared);
+        let input = &text[shared..text.len() - 1];
+        let logits = session.feed_wanting(input, first - 1 - shared..input.len())?;
+        let mut sum = [0.0, 0.0];
+        for (row, token) in logits.chunks_exact(n_vocab).map(Row::new).zip(&text[first..]) {
+            sum[0] += f64::from(u8::from(row.top() == *token));
+            sum[1] += row.ln_p(*token);
+        }
+        Ok(sum.map(|sum| sum / n_asked as f64))
+    }
 }
