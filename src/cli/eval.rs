@@ -237,7 +237,7 @@ fn retrieval(r: &Retrieval, base: Option<&Retrieval>) -> String {
         Needle::Passage => "a passage",
         Needle::Random => "random tokens",
     };
-    let titles = format!("{:>7}{:>11}{:>14}", "top-1 %", "added", "nats");
+    let titles = format!("{:>7}{:>11}{:>14}", "top-1 %", "p, %", "nats");
     let (names, titles) = match base {
         Some(_) => (format!("{:>18}{:>35}\n", "this", "base"), format!("{titles}   {titles}")),
         None => (String::new(), titles),
@@ -245,16 +245,13 @@ fn retrieval(r: &Retrieval, base: Option<&Retrieval>) -> String {
     let mut text = format!(
         "\nretrieval: {what} of {n_needle} tokens hidden in {} of the text, {n_trials} texts;\n\
          after its first {n_cue} are repeated: share of the rest that is most likely, and\n\
-         what hiding it added to that share and to the log-probability of a token\n\n\
+         what hiding it added to the probability of a token, and to its logarithm\n\n\
          {names}depth  {titles}\n",
         n_ctx - n_needle,
     );
     let cells = |f: &Found| {
-        let (top1, added, gain) = (100.0 * f.top1.value, f.top1_gain.times(100.0), f.gain);
-        format!(
-            "{top1:5.1} {:+6.1} ± {:<4.1}{:+6.2} ± {:.2}",
-            added.value, added.err, gain.value, gain.err
-        )
+        let (top1, p, ln_p) = (100.0 * f.top1.value, f.p_gain.times(100.0), f.ln_p_gain);
+        format!("{top1:5.1} {:+6.1} ± {:<4.1}{:+6.2} ± {:.2}", p.value, p.err, ln_p.value, ln_p.err)
     };
     let mut line = |name: String, pick: &dyn Fn(&Retrieval) -> Found| {
         let base = base.map_or(String::new(), |base| format!("   {}", cells(&pick(base))));
@@ -264,5 +261,7 @@ fn retrieval(r: &Retrieval, base: Option<&Retrieval>) -> String {
         line(format!("{:.0} %", 100.0 * depth), &|r| r.depths[i]);
     }
     line("all".into(), &|r| r.all);
-    text
+    let chance = |r: &Retrieval| format!("{:5.1}", 100.0 * r.chance.value);
+    let base = base.map_or(String::new(), |base| format!("{:30}{}", "", chance(base)));
+    text + &format!("none   {}{base}\n", chance(r))
 }

@@ -68,14 +68,15 @@ pub struct Retrieval {
 pub struct Found {
     /// Share of the tokens asked for that is most likely.
     pub top1: Estimate,
-    /// What the needle adds to that share.
-    pub top1_gain: Estimate,
-    /// What it adds to their log-probability, in nats per token.
-    pub gain: Estimate,
+    /// What the needle adds to their probability, from 0 to 1.
+    pub p_gain: Estimate,
+    /// What it adds to their log-probability, in nats. A damaged model can gain much of it, from
+    /// almost impossible to very unlikely; only between sound models does it tell who copies.
+    pub ln_p_gain: Estimate,
 }
 
 impl Retrieval {
-    /// Every number with its name in reports: `retrieval_top1`, `retrieval_d10_gain_err`, ..
+    /// Every number with its name in reports: `retrieval_top1`, `retrieval_d10_p_gain_err`, ..
     pub fn fields(&self) -> Vec<(String, f64)> {
         let depths = DEPTHS.iter().map(|depth| format!("retrieval_d{:.0}", 100.0 * depth));
         let mut out = Vec::new();
@@ -86,15 +87,15 @@ impl Retrieval {
         let all = std::iter::once(("retrieval".to_string(), &self.all));
         for (name, found) in all.chain(depths.zip(&self.depths)) {
             put(format!("{name}_top1"), found.top1);
-            put(format!("{name}_top1_gain"), found.top1_gain);
-            put(format!("{name}_gain"), found.gain);
+            put(format!("{name}_p_gain"), found.p_gain);
+            put(format!("{name}_ln_p_gain"), found.ln_p_gain);
         }
         out
     }
 }
 
-/// Of each text: share of the tokens asked for that is most likely, their mean log-probability.
-type Scores = Vec<[f64; 2]>;
+/// Of each text, means over the tokens asked for: whether most likely, probability, its logarithm.
+type Scores = Vec<[f64; 3]>;
 
 /// Hides needles in the text that `tokens` are. `progress` is called after every text with its
 /// number.
@@ -135,7 +136,7 @@ pub fn retrieve(
     }
     let mean = |trial: usize| {
         let sum = |i: usize| with.iter().map(|scores| scores[trial][i]).sum::<f64>();
-        [sum(0), sum(1)].map(|sum| sum / with.len() as f64)
+        [0, 1, 2].map(|i| sum(i) / with.len() as f64)
     };
     let all: Scores = (0..probe.n_trials).map(mean).collect();
     Ok(Retrieval {
@@ -153,7 +154,7 @@ impl Found {
             Estimate::mean(&gains.collect::<Vec<_>>())
         };
         let top1 = Estimate::mean(&with.iter().map(|s| s[0]).collect::<Vec<_>>());
-        Found { top1, top1_gain: gain(0), gain: gain(1) }
+        Found { top1, p_gain: gain(1), ln_p_gain: gain(2) }
     }
 }
 
@@ -203,7 +204,7 @@ impl Probe {
     }
 
     /// How well the tokens after the cue are predicted.
-    fn score(&self, session: &mut Session, text: &[u32]) -> Result<[f64; 2]> {
+    fn score(&self, session: &mut Session, text: &[u32]) -> Result<[f64; 3]> {
         let n_asked = self.n_needle - self.n_cue;
         let (n_vocab, first) = (session.model().hparams.n_vocab, text.len() - n_asked);
         let shared = session.tokens().iter().zip(text).take_while(|(a, b)| a == b).count();
@@ -211,10 +212,11 @@ impl Probe {
         session.rewind(shared);
         let input = &text[shared..text.len() - 1];
         let logits = session.feed_wanting(input, first - 1 - shared..input.len())?;
-        let mut sum = [0.0, 0.0];
+        let mut sum = [0.0; 3];
         for (row, token) in logits.chunks_exact(n_vocab).map(Row::new).zip(&text[first..]) {
             sum[0] += f64::from(u8::from(row.top() == *token));
-            sum[1] += row.ln_p(*token);
+            sum[1] += row.ln_p(*token).exp();
+            sum[2] += row.ln_p(*token);
         }
         Ok(sum.map(|sum| sum / n_asked as f64))
     }

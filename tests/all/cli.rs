@@ -236,6 +236,109 @@ fn a_saved_base_is_this_model() {
 }
 
 #[test]
+fn a_change_is_judged_against_the_model_as_trained() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("text");
+    let text = "It was the best of times, it was the worst of times, said the old man. ".repeat(20);
+    std::fs::write(&path, text).unwrap();
+    let args = ["eval", "-f", path.to_str().unwrap(), "-c", "128"];
+    let eval = |more: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&ok(&[&args[..], &["--json"], more].concat(), "")).unwrap()
+    };
+    let (trained, changed) = (eval(&[]), eval(&["--norm", "1=sigmoid"]));
+    assert!(trained["base"].is_null() && trained["kl_mean"].is_null(), "{trained}");
+    let judged = eval(&["--norm", "1=sigmoid", "--retrieval", "--against"]);
+    assert_eq!((&judged["base"], &judged["norm"]), (&"softmax".into(), &"softmax+sigmoid".into()));
+    assert_eq!((&judged["ppl"], &judged["base_ppl"]), (&changed["ppl"], &trained["ppl"]));
+    assert!(judged["kl_mean"].as_f64().unwrap() > 0.001, "{judged}");
+    for name in ["retrieval_p_gain", "base_retrieval_ln_p_gain_err", "base_retrieval_d90_top1"] {
+        assert!(judged[name].is_number(), "{name} of {judged}");
+    }
+    // Nothing is rounded on the way.
+    let same = eval(&["--norm", "1=sigmoid", "--against", "1=sigmoid"]);
+    for (name, expected) in [("kl_mean", 0.0), ("kl_max", 0.0), ("dp_rms", 0.0), ("same_top", 1.0)]
+    {
+        assert_eq!(same[name], expected, "{name}");
+    }
+    let table = ok(&[&args[..], &["--norm", "sigmoid", "--retrieval", "--against"]].concat(), "");
+    assert!(table.contains("KL divergence") && table.contains("a passage of 32"), "{table}");
+    let widest = table.lines().map(|line| line.chars().count()).max().unwrap();
+    assert!(widest <= 80, "{widest} columns:\n{table}");
+    error(&[&args[..], &["--against", "--base", "x"]].concat(), 2);
+    let line = error(&[&args[..], &["--against", "sofmax"]].concat(), 2);
+    assert!(line.contains("normalizer \"sofmax\" is not known"), "{line}");
+    let line = error(&[&args[..], &["--retrieval", "random"]].concat(), 2);
+    assert!(line.contains("different tokens; a needle has 32"), "{line}");
+    let line = error(&["eval", "-f", args[2], "-c", "64", "--retrieval"], 2);
+    assert!(line.contains("a context of 64 tokens for retrieval; allowed 96 or more"), "{line}");
+}
+
+/// What `llama-perplexity --kl-divergence` prints for stories260K in windows of 256, against a base
+/// that `qkov eval --norm entmax15 --exact --save-base` wrote.
+const PRINTED: &[(&str, f64)] = &[
+    ("ppl", 6.213181),
+    ("ppl_err", 0.156681),
+    ("base_ppl", 7.495547),
+    ("base_ppl_err", 0.192935),
+    ("ln_ppl_correlation", 0.9333),
+    ("ln_ppl_ratio", -0.187636),
+    ("ln_ppl_ratio_err", 0.009321),
+    ("ppl_ratio", 0.828916),
+    ("ppl_ratio_err", 0.007727),
+    ("ppl_diff", -1.282366),
+    ("ppl_diff_err", 0.073131),
+    ("kl_mean", 0.200584),
+    ("kl_err", 0.003555),
+    ("kl_max", 5.623430),
+    ("kl_p99_9", 3.382223),
+    ("kl_p99", 1.390694),
+    ("kl_p95", 0.710965),
+    ("kl_p90", 0.484911),
+    ("kl_p50", 0.104287),
+    ("kl_p10", 0.006059),
+    ("kl_p5", 0.001690),
+    ("kl_p1", 0.000144),
+    ("kl_p0_1", 0.000010),
+    ("kl_min", 0.000003),
+    ("dp_mean", 0.01997),
+    ("dp_err", 0.00152),
+    ("dp_max", 0.93727),
+    ("dp_p99_9", 0.77382),
+    ("dp_p99", 0.51503),
+    ("dp_p95", 0.25741),
+    ("dp_p90", 0.15826),
+    ("dp_p75", 0.04349),
+    ("dp_p50", 0.00303),
+    ("dp_p25", -0.01409),
+    ("dp_p10", -0.09519),
+    ("dp_p5", -0.17248),
+    ("dp_p1", -0.34451),
+    ("dp_p0_1", -0.56703),
+    ("dp_min", -0.74063),
+    ("dp_rms", 0.13421),
+    ("dp_rms_err", 0.00236),
+    ("same_top", 0.76299),
+    ("same_top_err", 0.00487),
+];
+
+#[test]
+fn divergence_is_what_llama_cpp_prints() {
+    let Some(shared) = shared() else { return };
+    let at = |name: &str| shared.join(name).to_str().unwrap().to_string();
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base").to_str().unwrap().to_string();
+    let (model, corpus) = (at("models/stories260K-f32.gguf"), at("corpus/tinystories-sample.txt"));
+    let args = ["eval", "-m", &model, "-f", &corpus, "-c", "256", "--exact", "--json"];
+    ok(&[&args[..], &["--norm", "entmax15", "--save-base", &base]].concat(), "");
+    let ours = ok(&[&args[..], &["--base", &base]].concat(), "");
+    let ours: serde_json::Value = serde_json::from_str(&ours).unwrap();
+    for (name, printed) in PRINTED {
+        let x = ours[name].as_f64().unwrap();
+        assert!((x - printed).abs() < 1e-3 * printed.abs().max(0.05), "{name}: {x}, not {printed}");
+    }
+}
+
+#[test]
 fn reference_text_and_perplexity() {
     let Some(shared) = shared() else { return };
     let at = |name: &str| shared.join(name).to_str().unwrap().to_string();

@@ -13,6 +13,7 @@ mod layers;
 mod mutations;
 mod normalizers;
 mod observe;
+mod quality;
 mod quant;
 mod sampler;
 mod template;
