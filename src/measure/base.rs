@@ -115,7 +115,7 @@ impl Base {
     }
 
     /// Another model, or the same one otherwise set up. It reads every window again for each model
-    /// that is judged, and one window's logits are all that it needs memory for; see [`Base::keep`].
+    /// that is judged, and keeps no more than one window's logits; see [`Base::in_memory`].
     pub fn live(session: Session, windows: Windows) -> Base {
         let n_vocab = session.model().hparams.n_vocab;
         Base::new(windows, n_vocab, Source::Live(Box::new(session)))
@@ -125,26 +125,28 @@ impl Base {
         Base { windows, n_vocab, source, logits: Vec::new(), log_sums: Vec::new() }
     }
 
-    /// Has a live base read all windows now, in place of its session, if the logits take at most
-    /// `max_bytes`. Whether they are in memory. `progress` is called as by
-    /// [`evaluate`](super::quality::evaluate).
-    pub fn keep(&mut self, max_bytes: usize, progress: &mut dyn FnMut(usize)) -> Result<bool> {
-        let Source::Live(session) = &mut self.source else {
-            return Ok(matches!(self.source, Source::Memory(..)));
-        };
-        let n_rows = self.windows.len() * self.windows.n_scored();
-        let row_bytes = size_of::<f32>() * self.n_vocab + size_of::<f64>();
+    /// What `session` predicts in all windows, in memory, so that many models can be judged without
+    /// reading the base each time: by the same session, under other plans, too. None if that takes
+    /// more than `max_bytes`. `progress` is called as by [`evaluate`](super::quality::evaluate).
+    pub fn in_memory(
+        session: &mut Session,
+        windows: &Windows,
+        max_bytes: usize,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Option<Base>> {
+        let n_vocab = session.model().hparams.n_vocab;
+        let n_rows = windows.len() * windows.n_scored();
+        let row_bytes = size_of::<f32>() * n_vocab + size_of::<f64>();
         if n_rows.saturating_mul(row_bytes) > max_bytes {
-            return Ok(false);
+            return Ok(None);
         }
-        let mut logits = Vec::with_capacity(n_rows * self.n_vocab);
-        for i in 0..self.windows.len() {
-            logits.extend_from_slice(self.windows.read(i, session)?);
+        let mut logits = Vec::with_capacity(n_rows * n_vocab);
+        for i in 0..windows.len() {
+            logits.extend_from_slice(windows.read(i, session)?);
             progress(i + 1);
         }
-        let log_sums = log_sums(&logits, self.n_vocab);
-        self.source = Source::Memory(logits, log_sums);
-        Ok(true)
+        let log_sums = log_sums(&logits, n_vocab);
+        Ok(Some(Base::new(windows.clone(), n_vocab, Source::Memory(logits, log_sums))))
     }
 
     /// The session of a base that is live.

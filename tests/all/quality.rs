@@ -124,8 +124,8 @@ fn a_model_is_no_different_from_itself() {
     let mut base = session("softmax");
     let windows = windows(base.model().hparams.n_vocab);
     let alone = evaluate(&mut base, &windows, None, None, &mut |_| ()).unwrap();
-    let mut base = Base::live(base, windows.clone());
-    for _ in ["live", "in memory"] {
+    let kept = Base::in_memory(&mut base, &windows, 1 << 30, &mut |_| ()).unwrap().unwrap();
+    for mut base in [kept, Base::live(base, windows.clone())] {
         let (quality, d) = judge("softmax", &windows, &mut base);
         assert_eq!(quality.ppl, alone.ppl);
         assert_eq!(d.base_ppl, alone.ppl);
@@ -138,7 +138,6 @@ fn a_model_is_no_different_from_itself() {
         }
         assert_eq!((d.ppl_ratio.value, d.same_top.value), (1.0, 1.0));
         near("correlation", d.ln_ppl_correlation, 1.0);
-        assert!(base.keep(1 << 30, &mut |_| ()).unwrap());
     }
 }
 
@@ -153,16 +152,16 @@ fn every_kind_of_base_says_the_same() {
         evaluate(&mut softmax, &windows, None, Some(out), &mut |_| ()).map(|_| ())
     })
     .unwrap();
-    let mut base = Base::live(softmax, windows.clone());
-    let live = judge("sigmoid", &windows, &mut base);
-    assert!(live.1.kl.mean.value > 1e-4, "{live:?}");
     // 5 windows of 31 rows.
     let needed = 5 * 31 * (4 * n_vocab + 8);
-    assert!(!base.keep(needed - 1, &mut |_| ()).unwrap() && base.session().is_some());
+    assert!(Base::in_memory(&mut softmax, &windows, needed - 1, &mut |_| ()).unwrap().is_none());
     let mut seen = 0;
-    assert!(base.keep(needed, &mut |n| seen = n).unwrap());
-    assert_eq!((seen, base.session().is_none()), (5, true));
-    assert_eq!(judge("sigmoid", &windows, &mut base), live);
+    let kept = Base::in_memory(&mut softmax, &windows, needed, &mut |n| seen = n).unwrap();
+    let (mut kept, mut live) = (kept.unwrap(), Base::live(softmax, windows.clone()));
+    assert_eq!((seen, kept.session().is_none(), live.session().is_some()), (5, true, true));
+    let live = judge("sigmoid", &windows, &mut live);
+    assert!(live.1.kl.mean.value > 1e-4, "{live:?}");
+    assert_eq!(judge("sigmoid", &windows, &mut kept), live);
     let mut file = Base::open(&path, n_vocab).unwrap();
     let (_, stored) = judge("sigmoid", &windows, &mut file);
     for ((name, a), (_, b)) in stored.fields().iter().zip(live.1.fields()) {
