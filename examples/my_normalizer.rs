@@ -39,7 +39,7 @@ fn main() -> qkov::error::Result<()> {
         let windows = quality::Windows::new(tokens, 256)?;
         let mut session = Session::new(Arc::new(model), &Default::default())?;
         let quality = quality::evaluate(&mut session, &windows, None, None, &mut |_| {})?;
-        println!("{norm}: perplexity {:.1}", quality.ppl);
+        println!("{norm}: perplexity {:.1}", quality.ppl.value);
     }
     Ok(())
 }
