@@ -12,6 +12,7 @@
 use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use crate::bad_usage;
 use crate::cpu::{Observer, Seen};
@@ -24,7 +25,7 @@ use crate::session::Session;
 use crate::simd;
 
 /// What became of one head.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Fitted {
     /// Layer, from 0.
     pub layer: usize,
@@ -33,7 +34,7 @@ pub struct Fitted {
     /// The normalizer with the values that fit best.
     pub choice: Choice,
     /// What is to be added to the head's output. `[value_dim]`
-    pub mean: Option<Arc<[f32]>>,
+    pub mean: Option<Vec<f32>>,
     /// Distance of the outputs to those wanted, relative to the latter, before the fit.
     pub raw_err: f64,
     /// The same after it.
@@ -83,6 +84,11 @@ impl Sampler {
             heads.map(|(w, t)| (w.text() != t.text()).then(Mutex::default)).collect()
         });
         Sampler { heads: layers.collect(), step }
+    }
+
+    /// What was kept of a head.
+    fn take(&self, layer: usize, head: usize) -> Option<Vec<Sample>> {
+        Some(std::mem::take(&mut *self.heads[layer][head].as_ref()?.lock().ok()?))
     }
 }
 
@@ -163,8 +169,19 @@ impl Problem<'_> {
 
     /// The least error of a normalizer with a gain and a mean: a regression.
     fn regress(&self, choice: &Choice) -> Outcome {
-        let outputs = self.outputs(choice);
-        let n = (self.wanted.len() / self.dim) as f64;
+        let mut outputs = self.outputs(choice);
+        let mut wanted = self.wanted.clone();
+        if choice.value("sinks").is_some_and(|n| n > 0.0)
+            && let Ok(choice) = choice.with_values(&[("gain", 0.0)])
+        {
+            // What sinks give has no gain.
+            let fixed = self.outputs(&choice);
+            for (i, fixed) in fixed.iter().enumerate() {
+                outputs[i] -= fixed;
+                wanted[i] -= fixed;
+            }
+        }
+        let n = (wanted.len() / self.dim) as f64;
         let mean_of = |x: &[f32]| -> Vec<f64> {
             let mut mean = vec![0.0; self.dim];
             for row in x.chunks_exact(self.dim).filter(|_| self.means) {
@@ -174,9 +191,9 @@ impl Problem<'_> {
             }
             mean
         };
-        let (mean_x, mean_y) = (mean_of(&outputs), mean_of(&self.wanted));
+        let (mean_x, mean_y) = (mean_of(&outputs), mean_of(&wanted));
         let (mut xx, mut xy, mut yy) = (0.0, 0.0, 0.0);
-        for (x, y) in outputs.chunks_exact(self.dim).zip(self.wanted.chunks_exact(self.dim)) {
+        for (x, y) in outputs.chunks_exact(self.dim).zip(wanted.chunks_exact(self.dim)) {
             for i in 0..self.dim {
                 let (x, y) = (f64::from(x[i]) - mean_x[i], f64::from(y[i]) - mean_y[i]);
                 xx += x * x;
@@ -200,31 +217,52 @@ fn short(x: f64) -> f32 {
     format!("{x:.3e}").parse().unwrap_or(0.0)
 }
 
-/// Names of what is searched, and the first steps; the first is a factor and is searched by its log.
-const SEARCHED: [(&str, f64); 3] = [("scale", 0.5), ("offset", 2.0), ("offset_n", 0.5)];
-/// Steps are halved down to this part of the first ones.
+/// Where a search stands: scores become `(t + d ln n) x - t s(n) + m + c ln n`, where `s(n)` is the
+/// line of the log of the sum of exponentials, so that `t` alone does not move the weights.
+#[derive(Clone, Copy)]
+struct Place {
+    t: f64,
+    d: f64,
+    m: f64,
+    c: f64,
+}
+
+/// First steps of a search: of `ln t`, `d`, `m` and `c`; they are halved down to a small part of that.
+const STEPS: [f64; 4] = [0.5, 0.1, 2.0, 0.5];
 const SMALLEST_STEP: f64 = 1.0 / 32.0;
 /// Most tries for one head.
-const MAX_TRIES: usize = 150;
+const MAX_TRIES: usize = 200;
 
 /// A search by coordinates.
 struct Search<'a> {
     problem: &'a Problem<'a>,
     start: &'a Choice,
-    best: [f64; 3],
+    /// Intercept and slope of `s(n)`.
+    line: (f64, f64),
+    best: Place,
     error: f64,
     n_tries: usize,
 }
 
 impl Search<'_> {
-    fn choice(&self, at: [f64; 3]) -> Result<Choice> {
-        let values: Vec<_> =
-            SEARCHED.iter().zip(at).map(|((name, _), x)| (*name, short(x))).collect();
-        self.start.with_values(&values)
+    fn choice(&self, Place { t, d, m, c }: Place) -> Result<Choice> {
+        let (intercept, slope) = self.line;
+        let values = [
+            ("scale", short(t)),
+            ("scale_n", short(d)),
+            ("offset", short(m - t * intercept)),
+            ("offset_n", short(c - t * slope)),
+        ];
+        self.start.with_values(&values[..self.n_coordinates()])
+    }
+
+    /// An offset changes nothing of what no constant changes.
+    fn n_coordinates(&self) -> usize {
+        if self.start.kind().shift_invariant { 2 } else { 4 }
     }
 
     /// Goes there if it is better.
-    fn try_at(&mut self, at: [f64; 3]) -> Result<bool> {
+    fn try_at(&mut self, at: Place) -> Result<bool> {
         self.n_tries += 1;
         let error = self.problem.regress(&self.choice(at)?).error;
         let better = error < self.error;
@@ -235,15 +273,19 @@ impl Search<'_> {
     }
 
     /// Steps along one coordinate after the other, with smaller and smaller steps.
-    fn descend(&mut self, n_coordinates: usize) -> Result<()> {
+    fn descend(&mut self) -> Result<()> {
         let mut size = 1.0;
         while size >= SMALLEST_STEP && self.n_tries < MAX_TRIES {
             let mut moved = false;
-            for i in 0..n_coordinates {
-                for sign in [1.0, -1.0] {
-                    let step = sign * size * SEARCHED[i].1;
-                    let mut at = self.best;
-                    at[i] = if i == 0 { at[i] * step.exp() } else { at[i] + step };
+            for (i, step) in STEPS.iter().enumerate().take(self.n_coordinates()) {
+                for step in [step * size, -step * size] {
+                    let Place { t, d, m, c } = self.best;
+                    let at = match i {
+                        0 => Place { t: t * step.exp(), ..self.best },
+                        1 => Place { d: d + step, ..self.best },
+                        2 => Place { m: m + step, ..self.best },
+                        _ => Place { c: c + step, ..self.best },
+                    };
                     if self.try_at(at)? {
                         moved = true;
                         break;
@@ -262,29 +304,26 @@ impl Problem<'_> {
     /// Fits a normalizer whose parameters are those of `start` but for the common ones searched.
     fn fit(&self, start: &Choice) -> Result<Fitted> {
         let value = |name: &str| f64::from(start.value(name).unwrap_or(0.0));
-        let first = SEARCHED.map(|(name, _)| value(name));
+        let rows = self.samples.iter().flat_map(|s| &s.rows);
+        let line = line(rows.map(|row| {
+            let max = simd::max(&row.scores);
+            let log_sum = f64::from(max) + f64::from(simd::sum_of_exp(&row.scores, max)).ln();
+            ((row.scores.len() as f64).ln(), log_sum)
+        }));
+        let t = value("scale");
+        let (m, c) = (value("offset") + t * line.0, value("offset_n") + t * line.1);
+        let first = Place { t, d: value("scale_n"), m, c };
         let mut search =
-            Search { problem: self, start, best: first, error: f64::INFINITY, n_tries: 0 };
+            Search { problem: self, start, line, best: first, error: f64::INFINITY, n_tries: 0 };
         search.try_at(first)?;
-        let scales = [0.5, 2.0].map(|t| [first[0] * t, first[1], first[2]]);
-        let n_coordinates = if start.kind().shift_invariant { 1 } else { 3 };
-        match n_coordinates {
-            1 => scales.into_iter().try_for_each(|at| search.try_at(at).map(|_| ()))?,
-            _ => {
-                let rows = self.samples.iter().flat_map(|s| &s.rows);
-                let points = rows.map(|row| {
-                    let max = simd::max(&row.scores);
-                    let log_sum =
-                        f64::from(max) + f64::from(simd::sum_of_exp(&row.scores, max)).ln();
-                    ((row.scores.len() as f64).ln(), log_sum)
-                });
-                let (intercept, slope) = line(points);
-                for more in [0.0, 2.0, -2.0] {
-                    search.try_at([first[0], more - intercept, -slope])?;
-                }
+        let middles: &[f64] =
+            if start.kind().shift_invariant { &[0.0] } else { &[0.0, 1.0, 2.0, 4.0, 8.0] };
+        for m in middles {
+            for t in [t, t * 0.5, t * 2.0] {
+                search.try_at(Place { t, m: *m, c: 0.0, ..first })?;
             }
         }
-        search.descend(n_coordinates)?;
+        search.descend()?;
         let size = self.size();
         let choice = search.choice(search.best)?;
         let outcome = self.regress(&choice);
@@ -348,7 +387,7 @@ pub fn calibrate(
 pub fn apply(plan: &mut Plan, fits: &[Fitted]) {
     for fit in fits {
         plan.layers[fit.layer].normalizers[fit.head] = fit.choice.clone();
-        plan.layers[fit.layer].means[fit.head] = fit.mean.clone();
+        plan.layers[fit.layer].means[fit.head] = fit.mean.as_deref().map(Arc::from);
     }
 }
 
@@ -359,20 +398,19 @@ fn fit_layer(
     layer: usize,
     means: bool,
 ) -> Result<Vec<Fitted>> {
-    let heads: Vec<_> = sampler.heads[layer].iter().enumerate().collect();
-    let fit = |(head, samples): &(usize, &Option<Mutex<Vec<Sample>>>)| -> Option<Result<Fitted>> {
-        let samples = std::mem::take(&mut *samples.as_ref()?.lock().ok()?);
+    let fit = |(head, trained): (usize, &Choice)| {
+        let samples = sampler.take(layer, head)?;
         let mut problem = Problem {
             samples: &samples,
             layer,
-            head: *head,
+            head,
             n_ctx_train: model.hparams.n_ctx_train,
             dim: model.attention[layer].geometry.value_dim,
             wanted: Vec::new(),
             means,
         };
-        problem.wanted = problem.outputs(&model.trained.layers[layer].normalizers[*head]);
-        Some(problem.fit(&wanted.layers[layer].normalizers[*head]))
+        problem.wanted = problem.outputs(trained);
+        Some(problem.fit(&wanted.layers[layer].normalizers[head]))
     };
-    heads.par_iter().filter_map(fit).collect()
+    model.trained.layers[layer].normalizers.par_iter().enumerate().filter_map(fit).collect()
 }

@@ -31,7 +31,7 @@ pub fn arrays(records: &[Record], per_kv: usize) -> Vec<Array> {
             arrays.push(Array { name, shape: [&[1], &shape[..]].concat(), data });
         };
         let all = |of: fn(&super::record::HeadRecord) -> &[f32]| -> Vec<f32> {
-            heads.iter().flat_map(|h| of(h)).copied().collect()
+            heads.iter().flat_map(of).copied().collect()
         };
         add("attn_scores", [heads.len(), n, n], all(|h| &h.scores));
         add("pattern", [heads.len(), n, n], all(|h| &h.weights));

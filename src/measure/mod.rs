@@ -9,6 +9,7 @@ pub mod latency;
 pub mod quality;
 pub mod record;
 pub mod retrieval;
+pub mod search;
 pub mod shape;
 
 /// Text to measure and to fit with unless there is another: pages of 16 public-domain books.

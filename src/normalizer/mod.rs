@@ -13,8 +13,10 @@ mod truncate;
 
 use std::sync::{Arc, RwLock};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bad_usage;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::simd;
 
 /// Turns scores into weights, one row at a time.
@@ -106,10 +108,11 @@ pub const fn param(name: &'static str, what: &'static str, default: f32, domain:
     Param { name, what, default, domain }
 }
 
-/// Parameters that every kind has. Scores are mapped to `scale x + offset + offset_n ln n` before the
-/// kind sees them, and its weights are multiplied by `gain`.
+/// Parameters that every kind has. Scores are mapped to `(scale + scale_n ln n) x + offset + offset_n
+/// ln n` before the kind sees them, and its weights are multiplied by `gain`.
 pub static COMMON: &[Param] = &[
     param("scale", "factor on scores", 1.0, Domain::From(-MAX, MAX)),
+    param("scale_n", "factor on scores, times ln n", 0.0, Domain::From(-MAX, MAX)),
     param("offset", "added to scores", 0.0, Domain::From(-MAX, MAX)),
     param("offset_n", "added to scores, times ln n", 0.0, Domain::From(-MAX, MAX)),
     param("gain", "factor on weights", 1.0, Domain::From(-MAX, MAX)),
@@ -200,8 +203,9 @@ pub fn find(name: &str) -> Result<&'static Kind> {
     }
 }
 
-/// A kind with values for its parameters.
-#[derive(Clone)]
+/// A kind with values for its parameters. Its form in files is its text.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Choice {
     kind: &'static Kind,
     /// Of the kind's parameters, then of [`COMMON`].
@@ -295,7 +299,8 @@ impl Choice {
         if self.plain {
             return self.inner.row(scores, at);
         }
-        let [scale, offset, offset_n, gain, renorm, sinks] = self.values[self.kind.params.len()..]
+        let [scale, scale_n, offset, offset_n, gain, renorm, sinks] =
+            self.values[self.kind.params.len()..]
         else {
             return;
         };
@@ -321,7 +326,8 @@ impl Choice {
         }
         let rest = &mut scores[sinks..];
         if !rest.is_empty() {
-            let offset = offset + offset_n * (rest.len() as f32).ln();
+            let ln_n = (rest.len() as f32).ln();
+            let (scale, offset) = (scale + scale_n * ln_n, offset + offset_n * ln_n);
             simd::map(rest, |x| scale * x + offset);
             self.inner.row(rest, at);
             if renorm == 1.0 {
@@ -331,6 +337,20 @@ impl Choice {
             simd::scale(rest, gain * (1.0 - kept));
         }
         scores[..sinks].copy_from_slice(first);
+    }
+}
+
+impl From<Choice> for String {
+    fn from(choice: Choice) -> String {
+        choice.text()
+    }
+}
+
+impl TryFrom<String> for Choice {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Choice> {
+        Choice::parse(&text)
     }
 }
 

@@ -7,6 +7,7 @@ mod allocations;
 mod bad_files;
 mod bad_models;
 mod cache;
+mod calibrate;
 mod cli;
 mod golden;
 mod layers;

@@ -288,6 +288,8 @@ fn common_parameters_do_what_they_say() {
     let shifted = format!("relu:offset_n={}", 1.0);
     let by_hand = format!("relu:offset={}", 9f32.ln());
     assert_close("offset_n", &weights(&shifted, &row), &weights(&by_hand, &row), 1e-6);
+    let warmer = format!("softmax:scale_n={}", 1.0 / 9f32.ln());
+    assert_close("scale_n", &weights(&warmer, &row), &weights("softmax:scale=2", &row), 1e-6);
     let first = weights("hardmax:sinks=3", &row);
     assert_close("sinks", &first[..3], &softmax[..3], 1e-6);
     assert!((first.iter().sum::<f32>() - 1.0).abs() < 1e-6);
