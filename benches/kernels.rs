@@ -41,6 +41,8 @@ fn products(c: &mut Criterion) {
                 let (s16, s32) = (&mut sums16[at / 16..], &mut sums32[at / 32..]);
                 simd::quantize(row, lane, tile, q, s, s16, s32);
             }
+            let mut pairs = vec![0; n * N_IN / 2];
+            simd::round_pairs(&x, &mut pairs);
             let x = Activations {
                 n,
                 stride: N_IN,
@@ -50,6 +52,7 @@ fn products(c: &mut Criterion) {
                 scales: &scales,
                 sums16: &sums16,
                 sums32: &sums32,
+                pairs: &pairs,
             };
             let mut out = vec![0.0; n * N_OUT];
             let mut scratch = Scratch::default();

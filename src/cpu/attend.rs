@@ -178,7 +178,7 @@ impl Buffers {
         let first = visible.start / LANES * LANES;
         let n_keys = visible.end - first;
         let width = n_keys.next_multiple_of(LANES);
-        let integer = cache.types().0.is_rounded();
+        let copies = cache.key_copies();
         let Buffers { q, heads, scores, threads, .. } = self;
         scores.resize(g.n_head * width, 0.0);
 
@@ -188,7 +188,7 @@ impl Buffers {
             let (head, start) = (task / n_tasks, task % n_tasks * KEYS_PER_TASK);
             let n = KEYS_PER_TASK.min(n_keys - start);
             let of_head = head * per_kv * g.score_dim..(head + 1) * per_kv * g.score_dim;
-            own.q.fill(per_kv, g.score_dim, integer, |floats| floats.copy_from_slice(&q[of_head]));
+            own.q.fill(per_kv, g.score_dim, copies, |floats| floats.copy_from_slice(&q[of_head]));
             // SAFETY: tasks have keys of their own.
             unsafe {
                 let out = out.skip(head * per_kv);
@@ -232,7 +232,7 @@ impl Buffers {
         let n = self.q.len() / q_width;
         let n_block = (QUERY_ROWS / per_kv).max(1);
         let n_blocks = n.div_ceil(n_block);
-        let integer = cache.types().0.is_rounded();
+        let copies = cache.key_copies();
         let Buffers { q, heads, threads, .. } = self;
         let heads = Columns::new(&mut heads.floats[..], out_width);
         // The longest rows first, so that no thread ends with one.
@@ -241,7 +241,7 @@ impl Buffers {
             let tokens = block * n_block..n.min((block + 1) * n_block);
             let n_rows = tokens.len() * per_kv;
             let of_head = per_kv * g.score_dim;
-            own.q.fill(n_rows, g.score_dim, integer, |floats| {
+            own.q.fill(n_rows, g.score_dim, copies, |floats| {
                 for (to, t) in floats.chunks_exact_mut(of_head).zip(tokens.clone()) {
                     to.copy_from_slice(&q[t * q_width + head * of_head..][..of_head]);
                 }

@@ -10,7 +10,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use memmap2::MmapMut;
 
-use super::kernels::{LANES, LAYOUTS, Panels};
+use super::kernels::{Copies, LANES, LAYOUTS, Panels};
 use super::threads::Crew;
 use crate::bad_usage;
 use crate::error::Result;
@@ -165,6 +165,11 @@ impl KvCache {
     /// The types of keys and values.
     pub fn types(&self) -> (CacheType, CacheType) {
         (self.keys, self.values)
+    }
+
+    /// The copies of queries that keys are multiplied with.
+    pub(super) fn key_copies(&self) -> Copies {
+        Copies::of(self.keys.layout(true))
     }
 
     /// Size in bytes.

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::KvCache;
 use super::attend::MixBuffers;
-use super::kernels::{Activations, LANES, Scratch};
+use super::kernels::{Activations, Copies, LANES, Scratch};
 use super::observe::Observer;
 use super::ops::{Rotation, activate, norm_row};
 use super::rows::Rows;
@@ -224,8 +224,7 @@ impl Buffers {
         let w = &pass.matrices.layers[i];
         self.add_product(pass, &w.attn_output, Source::Heads, layer.post_attention_norm.as_ref());
         if let Some(weight) = &layer.ffn_norm {
-            let integer = w.ffn_up.integer || w.ffn_gate.as_ref().is_some_and(|g| g.integer);
-            self.norm(pass, weight, integer);
+            self.norm(pass, weight, w.ffn_copies());
         }
         self.ffn(pass, w, rest.len());
         self.add_product(pass, &w.ffn_down, Source::Up, layer.post_ffw_norm.as_ref());
@@ -243,7 +242,8 @@ impl Buffers {
         let layer = &pass.model.layers[i];
         let w = &pass.matrices.layers[i];
         let n = self.x.len() / hp.n_embd;
-        self.norm(pass, &layer.attn_norm, w.attn_q.integer || w.attn_k.integer || w.attn_v.integer);
+        let others = if hp.parallel { w.ffn_copies() } else { Copies::default() };
+        self.norm(pass, &layer.attn_norm, w.qkv_copies() | others);
         self.project(pass, w, n);
         self.rotate(pass, (i, layer), n);
         cache.store(pass.crew, i, pass.n_past, &self.k, &self.v);
@@ -256,13 +256,13 @@ impl Buffers {
             if hp.parallel {
                 keep(&mut self.normed.floats, hp.n_embd, &rest);
                 self.normed.resize(rest.len(), hp.n_embd);
-                self.normed.finish(pass.crew, true, |_, _| {});
+                self.normed.finish(pass.crew, w.ffn_copies(), |_, _| {});
             }
         }
         self.heads.resize(rest.len(), w.attn_output.n_in);
         self.attend(pass, i, cache, pass.n_past + rest.start);
         let attention = &pass.model.attention[i];
-        self.heads.finish(pass.crew, w.attn_output.integer, |_, row| {
+        self.heads.finish(pass.crew, w.attn_output.copies, |_, row| {
             let heads = row.chunks_exact_mut(attention.geometry.value_dim).enumerate();
             for (head, output) in heads {
                 if let Some(mean) = attention.mean(head) {
@@ -273,11 +273,11 @@ impl Buffers {
     }
 
     /// A normed copy of the residual stream.
-    fn norm(&mut self, pass: &Pass, weight: &NormWeight, integer: bool) {
+    fn norm(&mut self, pass: &Pass, weight: &NormWeight, copies: Copies) {
         let hp = &pass.model.hparams;
         let Buffers { x, normed, .. } = self;
         normed.resize(x.len() / hp.n_embd, hp.n_embd);
-        normed.finish(pass.crew, integer, |t, row| {
+        normed.finish(pass.crew, copies, |t, row| {
             row.copy_from_slice(&x[t * hp.n_embd..(t + 1) * hp.n_embd]);
             norm_row(hp.norm, weight, row);
         });
@@ -335,7 +335,7 @@ impl Buffers {
         up.resize(n, n_ff);
         gate.resize(if w.ffn_gate.is_some() { n * n_ff } else { 0 }, 0.0);
         let x = normed.view();
-        let (gate, up) = (Columns::new(gate, n_ff), up.parts(w.ffn_down.integer));
+        let (gate, up) = (Columns::new(gate, n_ff), up.parts(w.ffn_down.copies));
         let n_rows = rows_per_task(pass.crew, n_ff).next_multiple_of(32);
         pass.crew.each_with(threads, n_ff.div_ceil(n_rows), |own, task| {
             let start = task * n_rows;
@@ -356,7 +356,7 @@ impl Buffers {
                         activate(activation, up);
                     }
                 }
-                up.quantize(0..n, start, len);
+                up.round(0..n, start, len);
             }
         });
     }
@@ -399,7 +399,7 @@ impl Buffers {
     fn logits(&mut self, pass: &Pass, n: usize, logits: &mut Vec<f32>) {
         let hp = &pass.model.hparams;
         let w = &pass.matrices.output;
-        self.norm(pass, &pass.model.output_norm, w.integer);
+        self.norm(pass, &pass.model.output_norm, w.copies);
         let start = logits.len();
         logits.resize(start + n * hp.n_vocab, 0.0);
         let out = &mut logits[start..];

@@ -79,11 +79,11 @@ impl Buffers {
         let n = self.q.len() / q_width;
         let n_keys = position + n;
         let width = n_keys.next_multiple_of(LANES);
-        let integer = cache.types().0.is_rounded();
+        let copies = cache.key_copies();
         let Buffers { q, heads, threads, .. } = self;
         let heads = Columns::new(&mut heads.floats[..], out_width);
         pass.crew.each_with(threads, g.n_head, |own, head| {
-            own.q.fill(n, g.score_dim, integer, |floats| {
+            own.q.fill(n, g.score_dim, copies, |floats| {
                 for (to, q) in floats.chunks_exact_mut(g.score_dim).zip(q.chunks_exact(q_width)) {
                     to.copy_from_slice(&q[head * g.score_dim..][..g.score_dim]);
                 }

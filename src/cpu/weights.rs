@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use memmap2::MmapMut;
 
-use super::kernels::{Activations, LANES, LAYOUTS, Panels, Scratch, layout_of, multiply};
+use super::kernels::{Activations, Copies, LANES, LAYOUTS, Panels, Scratch, layout_of, multiply};
 use super::threads::{Columns, Team};
 use crate::error::{Error, Result};
 use crate::model::{Layer, Linear, Model, Weight};
@@ -20,8 +20,8 @@ pub(super) struct Matrix {
     pub(super) n_in: usize,
     /// Rows.
     pub(super) n_out: usize,
-    /// Whether it needs activations as integers.
-    pub(super) integer: bool,
+    /// The copies of activations that it is multiplied with.
+    pub(super) copies: Copies,
     bias: Option<Vec<f32>>,
     place: Place,
 }
@@ -57,9 +57,11 @@ fn linears(l: &Layer) -> impl Iterator<Item = &Linear> {
 }
 
 /// What becomes of a weight: its layout, and the bytes of its packed copy; `None` for one that
-/// stays in the file. `exact`: only layouts that lose nothing of the activations.
+/// stays in the file, such as one with rows of half a block. `exact`: only layouts that lose nothing
+/// of the activations.
 fn packed(w: &Weight, exact: bool) -> Option<(usize, usize)> {
-    let i = layout_of(w.format).filter(|i| !(exact && LAYOUTS[*i].integer))?;
+    let whole = |i: &usize| w.n_in.is_multiple_of(LAYOUTS[*i].block_len);
+    let i = layout_of(w.format).filter(whole).filter(|i| !(exact && LAYOUTS[*i].integer))?;
     Some((i, LAYOUTS[i].panel_bytes(w.n_in) * w.n_out.div_ceil(LANES)))
 }
 
@@ -101,8 +103,11 @@ impl Matrices {
                 None => Place::File(w.clone()),
             };
             start += sizes.next().unwrap_or(0);
-            let integer = packed(w, exact).is_some_and(|p| LAYOUTS[p.0].integer);
-            Matrix { n_in: w.n_in, n_out: w.n_out, integer, bias: bias.cloned(), place }
+            let copies = match place {
+                Place::Packed { layout, .. } if !exact => Copies::of(layout),
+                _ => Copies::default(),
+            };
+            Matrix { n_in: w.n_in, n_out: w.n_out, copies, bias: bias.cloned(), place }
         };
         let mut linear = |l: &Linear| matrix(&l.weight, l.bias.as_ref());
         // In the order of `linears`.
@@ -129,6 +134,16 @@ impl Matrices {
 }
 
 impl LayerMatrices {
+    /// The copies of activations that queries, keys and values are made from.
+    pub(super) fn qkv_copies(&self) -> Copies {
+        self.attn_q.copies | self.attn_k.copies | self.attn_v.copies
+    }
+
+    /// Those that the feed-forward block reads.
+    pub(super) fn ffn_copies(&self) -> Copies {
+        self.ffn_gate.iter().fold(self.ffn_up.copies, |copies, w| copies | w.copies)
+    }
+
     fn all(&self) -> impl Iterator<Item = &Matrix> {
         let attention = [&self.attn_q, &self.attn_k, &self.attn_v, &self.attn_output].into_iter();
         attention.chain(&self.ffn_gate).chain([&self.ffn_up, &self.ffn_down])

@@ -412,6 +412,26 @@ per_level! {
     }
 }
 
+/// The bits of a number whose upper half is the nearest BF16, of two the even one.
+#[inline(always)]
+fn bf16_bits(x: f32) -> u32 {
+    let bits = x.to_bits();
+    match x.is_nan() {
+        // Stays one without its lower half.
+        true => bits | 0x0040_0000,
+        false => bits.wrapping_add(0x7FFF + (bits >> 16 & 1)),
+    }
+}
+
+per_level! {
+    /// Rounds a row of pairs to BF16; the first of a pair goes to the lower half of a word.
+    pub fn round_pairs(x: &[f32], to: &mut [u32]) {
+        for (x, to) in x.as_chunks::<2>().0.iter().zip(to) {
+            *to = bf16_bits(x[0]) >> 16 | bf16_bits(x[1]) & 0xFFFF_0000;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -429,6 +449,21 @@ mod tests {
         assert_eq!(exp1(f32::NEG_INFINITY), 0.0);
         assert!(exp1(f32::NAN).is_nan());
         assert!(exp1(1e9).is_finite());
+    }
+
+    /// Every upper half, with lower halves below, at and above the middle of two BF16.
+    #[test]
+    fn pairs_are_rounded_to_even() {
+        for high in 0..=u32::from(u16::MAX) {
+            let x =
+                [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF].map(|low| f32::from_bits(high << 16 | low));
+            let mut pairs = [0; 3];
+            round_pairs(&x, &mut pairs);
+            for (pair, x) in pairs.iter().zip(x.as_chunks::<2>().0) {
+                let nearest = x.map(|x| u32::from(half::bf16::from_f32(x).to_bits()));
+                assert_eq!(*pair, nearest[0] | nearest[1] << 16, "{x:?}");
+            }
+        }
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub enum Level {
     AvxVnni,
     /// x86-64: the same with 512 bits, in the encoding of AVX-512.
     Avx512,
+    /// x86-64: and products of BF16, summed in pairs.
+    Avx512Bf16,
     /// aarch64: what every such processor has.
     Neon,
     /// aarch64 with dot products of 8-bit integers.
@@ -33,11 +35,12 @@ pub enum Level {
 
 impl Level {
     /// All levels, in their order.
-    pub const ALL: [Level; 7] = [
+    pub const ALL: [Level; 8] = [
         Level::Scalar,
         Level::Avx2,
         Level::AvxVnni,
         Level::Avx512,
+        Level::Avx512Bf16,
         Level::Neon,
         Level::Dotprod,
         Level::I8mm,
@@ -50,6 +53,7 @@ impl Level {
             Level::Avx2 => "avx2",
             Level::AvxVnni => "avxvnni",
             Level::Avx512 => "avx512",
+            Level::Avx512Bf16 => "avx512bf16",
             Level::Neon => "neon",
             Level::Dotprod => "dotprod",
             Level::I8mm => "i8mm",
@@ -74,6 +78,10 @@ impl Level {
                     && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => {
+                Level::Avx512.is_available() && is_x86_feature_detected!("avx512bf16")
             }
             #[cfg(target_arch = "aarch64")]
             Level::Neon => true,

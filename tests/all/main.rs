@@ -6,6 +6,7 @@
 mod allocations;
 mod bad_files;
 mod bad_models;
+mod bf16;
 mod cache;
 mod calibrate;
 mod cli;

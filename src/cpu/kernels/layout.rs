@@ -6,7 +6,8 @@
 //! and high halves of a byte belong to vectors `j` and `j + 4`. Fifth bits of 32 elements make
 //! one vector (bit `j` for vector `j`), fifth and sixth bits two (bits `2 (j % 4)` of vector
 //! `j / 4`). So one multiplication serves all rows, nothing is summed across lanes, and the numbers
-//! that go into a row's sum come in one order whatever else is computed beside it.
+//! that go into a row's sum come in one order whatever else is computed beside it. Floats are vectors of
+//! an element of each row; BF16 of two, so that they fit instructions that add pairs of products.
 
 use super::LANES;
 use crate::quant::Format;
@@ -19,7 +20,7 @@ pub struct Layout {
     pub block_len: usize,
     /// Bytes of one row in one block.
     pub row_bytes: usize,
-    /// Whether activations are multiplied as 8-bit integers, else as `f32`.
+    /// Whether activations are multiplied as 8-bit integers, else as floats.
     pub integer: bool,
     /// Packs rows of whole blocks into a panel.
     pack: fn(&[&[u8]; LANES], &mut [u8]),
@@ -29,7 +30,7 @@ pub struct Layout {
 pub static LAYOUTS: &[Layout] = &[
     Layout { name: "F32", block_len: 1, row_bytes: 4, integer: false, pack: words },
     Layout { name: "F16", block_len: 1, row_bytes: 2, integer: false, pack: halves },
-    Layout { name: "BF16", block_len: 1, row_bytes: 2, integer: false, pack: halves },
+    Layout { name: "BF16", block_len: 2, row_bytes: 4, integer: false, pack: words },
     Layout { name: "Q4_0", block_len: 32, row_bytes: 18, integer: true, pack: scaled::<18> },
     Layout { name: "Q4_1", block_len: 32, row_bytes: 20, integer: true, pack: q4_1 },
     Layout { name: "Q5_0", block_len: 32, row_bytes: 22, integer: true, pack: q5_0 },

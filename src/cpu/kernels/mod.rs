@@ -2,7 +2,8 @@
 //!
 //! `out[t][r] = sum_k x[t][k] w[r][k]`. For integer layouts, `x` is quantized to 8 bits in blocks of
 //! 32 ([`Activations`]); whole-number sums of a block are exact, and are then scaled and added in
-//! `f32` in the order of the blocks. For float layouts everything is `f32`, added in the order of `k`.
+//! `f32` in the order of the blocks. For float layouts everything is `f32`, added in the order of `k`;
+//! but where a processor multiplies pairs of BF16, weights of that format take `x` rounded to it.
 //! So a result has the same bits whatever else is computed with it: one token or many, any thread.
 #![allow(unsafe_code)]
 
@@ -19,6 +20,8 @@ use neon as native;
 use scalar as native;
 #[cfg(target_arch = "x86_64")]
 use x86 as native;
+
+use std::ops::BitOr;
 
 pub use layout::{LAYOUTS, layout_of};
 
@@ -46,7 +49,32 @@ pub struct Panels<'a> {
 /// Tokens that share a pass over a panel: their quants lie side by side, block by block.
 pub const TILE: usize = 4;
 
-/// Rows of activations, as `f32` and, for integer layouts, quantized.
+/// Copies of activations that a product reads beside, or instead of, those in `f32`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Copies {
+    /// Quantized to 8 bits.
+    pub quants: bool,
+    /// Rounded to BF16.
+    pub pairs: bool,
+}
+
+impl Copies {
+    /// What products with a layout, by its index, read at the level in use.
+    pub fn of(layout: usize) -> Copies {
+        let pairs = simd::level() == Level::Avx512Bf16 && LAYOUTS[layout].name == "BF16";
+        Copies { quants: LAYOUTS[layout].integer, pairs }
+    }
+}
+
+impl BitOr for Copies {
+    type Output = Copies;
+
+    fn bitor(self, other: Copies) -> Copies {
+        Copies { quants: self.quants | other.quants, pairs: self.pairs | other.pairs }
+    }
+}
+
+/// Rows of activations, as `f32` and, for products that read such copies, rounded.
 ///
 /// Quantized rows come in tiles of `tile` rows, the last one filled up: for each 32 elements, the
 /// quants of all rows of the tile, one row after the other; scales and sums likewise.
@@ -68,6 +96,9 @@ pub struct Activations<'a> {
     pub sums16: &'a [f32],
     /// `[n / tile, n_in / 32, tile]`
     pub sums32: &'a [f32],
+    /// BF16, two elements in a word; without them, BF16 weights are multiplied with `floats`.
+    /// `[n, stride / 2]`
+    pub pairs: &'a [u32],
 }
 
 /// Rows of a tile among `n` rows of activations.
@@ -164,8 +195,13 @@ pub unsafe fn multiply(
         false => assert!(x.stride >= k && x.floats.len() >= last + k),
     }
     assert!(out.n() >= n);
+    let level = match simd::level() {
+        Level::Avx512Bf16 if x.pairs.is_empty() => Level::Avx512,
+        level => level,
+    };
+    assert!(x.pairs.is_empty() || x.stride.is_multiple_of(2) && 2 * x.pairs.len() >= last + k);
     // SAFETY: the level is available, the lengths are as checked; the caller promises the rest.
-    unsafe { table(simd::level())[panels.layout](panels, x, scratch, out, start) }
+    unsafe { table(level)[panels.layout](panels, x, scratch, out, start) }
 }
 
 /// Operations (multiplications and additions) of one round of [`products_in_registers`].
@@ -189,6 +225,8 @@ pub fn products_in_registers(rounds: usize) {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::layout::Layout;
     use super::*;
     use crate::quant::format_named;
@@ -200,6 +238,7 @@ mod tests {
         scales: Vec<f32>,
         sums16: Vec<f32>,
         sums32: Vec<f32>,
+        pairs: Vec<u32>,
     }
 
     fn input(floats: Vec<f32>, k: usize) -> Input {
@@ -213,7 +252,11 @@ mod tests {
             scales: vec![0.0; all / 32],
             sums16: vec![0.0; all / 16],
             sums32: vec![0.0; all / 32],
+            pairs: vec![0; n * k / 2],
         };
+        if k.is_multiple_of(2) {
+            simd::round_pairs(&x.floats, &mut x.pairs);
+        }
         if k.is_multiple_of(32) {
             let Input { floats, quants, scales, sums16, sums32, .. } = &mut x;
             for (t, row) in floats.chunks(k).enumerate() {
@@ -252,6 +295,7 @@ mod tests {
             scales: &x.scales,
             sums16: &x.sums16,
             sums32: &x.sums32,
+            pairs: &x.pairs,
         };
         let mut out = vec![f32::NAN; x.n * panels.n_rows];
         let columns = Columns::new(&mut out, panels.n_rows);
@@ -304,7 +348,7 @@ mod tests {
         for (index, layout) in LAYOUTS.iter().enumerate() {
             let widths: &[usize] = match layout.block_len {
                 1 => &[1, 2, 7, 64, 172],
-                2 => &[2, 8, 66],
+                2 => &[2, 8, 66, 1100],
                 32 => &[32, 64, 160],
                 _ => &[256, 768],
             };
@@ -317,9 +361,11 @@ mod tests {
                     let got = run(level, &panels, &x);
                     for (t, r) in (0..x.n).flat_map(|t| (0..n_rows).map(move |r| (t, r))) {
                         let w = elements(layout, &rows[r], k);
-                        let x = |i: usize| match layout.integer {
-                            true => x.rounded(t, i, k),
-                            false => f64::from(x.floats[t * k + i]),
+                        let in_pairs = level == Level::Avx512Bf16 && layout.name == "BF16";
+                        let x = |i: usize| match x.floats[t * k + i] {
+                            _ if layout.integer => x.rounded(t, i, k),
+                            x if in_pairs => bf16::from_f32(x).to_f64(),
+                            x => f64::from(x),
                         };
                         let products = || (0..k).map(|i| x(i) * f64::from(w[i]));
                         let (exact, size) =

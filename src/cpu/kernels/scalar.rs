@@ -39,12 +39,13 @@ unsafe fn floats(w: &Panels, x: &Activations, _: &mut Scratch, out: Columns<f32>
     let mut panel = vec![[0.0f32; LANES]; w.n_in];
     for p in 0..w.n_rows.div_ceil(LANES) {
         let bytes = &w.bytes[p * w.stride..];
-        for (to, b) in panel.iter_mut().zip(bytes.chunks_exact(n_bytes)) {
-            let two = |r: usize| [b[2 * r], b[2 * r + 1]];
+        for (k, to) in panel.iter_mut().enumerate() {
+            let b = &bytes[k * n_bytes..];
+            let pair = &bytes[(k - k % 2) * n_bytes + k % 2 * 2..];
             *to = each(|r| match layout.name {
                 "F32" => f32::from_le_bytes([b[4 * r], b[4 * r + 1], b[4 * r + 2], b[4 * r + 3]]),
-                "F16" => f16::from_le_bytes(two(r)).to_f32(),
-                "BF16" => bf16::from_le_bytes(two(r)).to_f32(),
+                "F16" => f16::from_le_bytes([b[2 * r], b[2 * r + 1]]).to_f32(),
+                "BF16" => bf16::from_le_bytes([pair[4 * r], pair[4 * r + 1]]).to_f32(),
                 "I8" => f32::from(b[r] as i8),
                 _ => f32::from((b[r % 4] >> (r / 4 * 4) & 15) as i8 - 8),
             });

@@ -26,10 +26,13 @@ pub(super) fn same(mut x: int8x16_t) -> int8x16_t {
     x
 }
 
-/// How 8 rows of one float each are read.
+/// How 8 rows of floats are read.
 pub(super) trait Floats {
+    /// Elements of a row that lie side by side, and bytes of that many of 8 rows.
+    const LEN: usize = 1;
     const BYTES: usize;
-    unsafe fn load(at: *const u8) -> Lanes;
+    /// Element `i < LEN` of each row.
+    unsafe fn load(at: *const u8, i: usize) -> Lanes;
 }
 
 pub(super) struct F32;
@@ -41,7 +44,7 @@ pub(super) struct I4;
 impl Floats for F32 {
     const BYTES: usize = 32;
     #[inline(always)]
-    unsafe fn load(at: *const u8) -> Lanes {
+    unsafe fn load(at: *const u8, _: usize) -> Lanes {
         unsafe { both([0, 4], |i| vld1q_f32(at.cast::<f32>().add(i))) }
     }
 }
@@ -49,19 +52,24 @@ impl Floats for F32 {
 impl Floats for F16 {
     const BYTES: usize = 16;
     #[inline(always)]
-    unsafe fn load(at: *const u8) -> Lanes {
+    unsafe fn load(at: *const u8, _: usize) -> Lanes {
         unsafe { halves(at) }
     }
 }
 
 impl Floats for Bf16 {
-    const BYTES: usize = 16;
+    const LEN: usize = 2;
+    const BYTES: usize = 32;
     #[inline(always)]
-    unsafe fn load(at: *const u8) -> Lanes {
+    unsafe fn load(at: *const u8, i: usize) -> Lanes {
         unsafe {
-            let x = vreinterpretq_u16_u8(vld1q_u8(at));
-            let wide = [vshll_n_u16::<16>(vget_low_u16(x)), vshll_high_n_u16::<16>(x)];
-            both(wide, |x| vreinterpretq_f32_u32(x))
+            both([0, 4], |row| {
+                let pairs = vld1q_u32(at.cast::<u32>().add(row));
+                vreinterpretq_f32_u32(match i {
+                    0 => vshlq_n_u32::<16>(pairs),
+                    _ => vandq_u32(pairs, vdupq_n_u32(!0xFFFF)),
+                })
+            })
         }
     }
 }
@@ -69,7 +77,7 @@ impl Floats for Bf16 {
 impl Floats for I8 {
     const BYTES: usize = 8;
     #[inline(always)]
-    unsafe fn load(at: *const u8) -> Lanes {
+    unsafe fn load(at: *const u8, _: usize) -> Lanes {
         unsafe {
             let x = vmovl_s8(vld1_s8(at.cast()));
             let wide = [vmovl_s16(vget_low_s16(x)), vmovl_high_s16(x)];
@@ -81,7 +89,7 @@ impl Floats for I8 {
 impl Floats for I4 {
     const BYTES: usize = 4;
     #[inline(always)]
-    unsafe fn load(at: *const u8) -> Lanes {
+    unsafe fn load(at: *const u8, _: usize) -> Lanes {
         unsafe {
             let all = vdupq_n_u32(at.cast::<u32>().read_unaligned());
             both([0, -4], |high| {

@@ -113,16 +113,18 @@ unsafe fn float_tile<F: Floats, const P: usize, const T: usize>(
         let from = w.bytes.as_ptr().add(panel * w.stride);
         let x_at = x.floats.as_ptr().add(t * x.stride);
         let mut acc = [[zeros(); P]; T];
-        for k in 0..w.n_in {
-            let mut w_k = [zeros(); P];
-            for (p, w_k) in w_k.iter_mut().enumerate() {
-                *w_k = F::load(from.add(p * w.stride + k * F::BYTES));
-            }
-            for (i, acc) in acc.iter_mut().enumerate() {
-                let x_k = *x_at.add(i * x.stride + k);
-                for (acc, w_k) in acc.iter_mut().zip(w_k) {
-                    acc[0] = vfmaq_n_f32(acc[0], w_k[0], x_k);
-                    acc[1] = vfmaq_n_f32(acc[1], w_k[1], x_k);
+        for block in 0..w.n_in / F::LEN {
+            for j in 0..F::LEN {
+                let mut w_k = [zeros(); P];
+                for (p, w_k) in w_k.iter_mut().enumerate() {
+                    *w_k = F::load(from.add(p * w.stride + block * F::BYTES), j);
+                }
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    let x_k = *x_at.add(i * x.stride + block * F::LEN + j);
+                    for (acc, w_k) in acc.iter_mut().zip(w_k) {
+                        acc[0] = vfmaq_n_f32(acc[0], w_k[0], x_k);
+                        acc[1] = vfmaq_n_f32(acc[1], w_k[1], x_k);
+                    }
                 }
             }
         }

@@ -109,15 +109,18 @@ unsafe fn tile<F: Floats, const P: usize, const T: usize>(
                 }
             }
         }
-        for k in ks.clone() {
-            let mut w_k = [_mm256_setzero_ps(); P];
-            for p in 0..P {
-                w_k[p] = F::load(from.add(p * w.stride + k * F::BYTES));
-            }
-            for i in 0..T {
-                let x_k = _mm256_broadcast_ss(&*x_at.add(i * x.stride + k));
+        for block in ks.start / F::LEN..ks.end / F::LEN {
+            for j in 0..F::LEN {
+                let mut w_k = [_mm256_setzero_ps(); P];
                 for p in 0..P {
-                    acc[i][p] = _mm256_fmadd_ps(w_k[p], x_k, acc[i][p]);
+                    w_k[p] = F::load(from.add(p * w.stride + block * F::BYTES), j);
+                }
+                for i in 0..T {
+                    let x_k = &*x_at.add(i * x.stride + block * F::LEN + j);
+                    let x_k = _mm256_broadcast_ss(x_k);
+                    for p in 0..P {
+                        acc[i][p] = F::add(acc[i][p], w_k[p], x_k);
+                    }
                 }
             }
         }
@@ -163,6 +166,23 @@ pub(super) unsafe fn wide<F: Floats>(
     }
 }
 
+/// The same with words of two rounded elements, which take the place of one float.
+#[inline(always)]
+pub(super) unsafe fn pairs<F: Floats>(
+    w: &Panels,
+    x: &Activations,
+    scratch: &mut Scratch,
+    out: Columns<f32>,
+    start: usize,
+) {
+    unsafe {
+        let floats = std::slice::from_raw_parts(x.pairs.as_ptr().cast(), x.pairs.len());
+        let w = Panels { n_in: w.n_in / 2, ..*w };
+        let x = Activations { floats, stride: x.stride / 2, ..*x };
+        wide::<F>(&w, &x, scratch, out, start);
+    }
+}
+
 /// `W` pairs of panels times `T` tokens. Returns `T`.
 #[allow(clippy::needless_range_loop)]
 #[inline(always)]
@@ -192,16 +212,18 @@ unsafe fn wide_tile<F: Floats, const W: usize, const T: usize>(
                 }
             }
         }
-        for k in ks.clone() {
-            let mut w_k = [_mm512_setzero_ps(); W];
-            for p in 0..W {
-                let at = from.add(2 * p * w.stride + k * F::BYTES);
-                w_k[p] = F::load_two(at, at.add(w.stride));
-            }
-            for i in 0..T {
-                let x_k = _mm512_set1_ps(*x_at.add(i * x.stride + k));
+        for block in ks.start / F::LEN..ks.end / F::LEN {
+            for j in 0..F::LEN {
+                let mut w_k = [_mm512_setzero_ps(); W];
                 for p in 0..W {
-                    acc[i][p] = _mm512_fmadd_ps(w_k[p], x_k, acc[i][p]);
+                    let at = from.add(2 * p * w.stride + block * F::BYTES);
+                    w_k[p] = F::load_two(at, at.add(w.stride), j);
+                }
+                for i in 0..T {
+                    let x_k = _mm512_set1_ps(*x_at.add(i * x.stride + block * F::LEN + j));
+                    for p in 0..W {
+                        acc[i][p] = F::add_two(acc[i][p], w_k[p], x_k);
+                    }
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! How 8 rows are read from a panel: one entry for each layout.
 
 use std::arch::x86_64::*;
+use std::mem::transmute;
 
 /// 32 bytes of two panels.
 #[inline(always)]
@@ -8,28 +9,41 @@ unsafe fn two_halves(a: *const u8, b: *const u8) -> __m256i {
     unsafe { _mm256_loadu2_m128i(b.cast(), a.cast()) }
 }
 
-/// How 8 rows of one float each are read.
+/// How 8 rows of floats are read and multiplied.
 pub(super) trait Floats {
+    /// Elements of a row that lie side by side, and bytes of that many of 8 rows.
+    const LEN: usize = 1;
     const BYTES: usize;
-    unsafe fn load(at: *const u8) -> __m256;
+    /// Element `i < LEN` of each row.
+    unsafe fn load(at: *const u8, i: usize) -> __m256;
     /// Of two panels.
-    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512;
+    unsafe fn load_two(a: *const u8, b: *const u8, i: usize) -> __m512;
+
+    #[inline(always)]
+    unsafe fn add(sum: __m256, w: __m256, x: __m256) -> __m256 {
+        unsafe { _mm256_fmadd_ps(w, x, sum) }
+    }
+    #[inline(always)]
+    unsafe fn add_two(sum: __m512, w: __m512, x: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(w, x, sum) }
+    }
 }
 
 pub(super) struct F32;
 pub(super) struct F16;
 pub(super) struct Bf16;
+pub(super) struct Bf16Pairs;
 pub(super) struct I8;
 pub(super) struct I4;
 
 impl Floats for F32 {
     const BYTES: usize = 32;
     #[inline(always)]
-    unsafe fn load(at: *const u8) -> __m256 {
+    unsafe fn load(at: *const u8, _: usize) -> __m256 {
         unsafe { _mm256_loadu_ps(at.cast()) }
     }
     #[inline(always)]
-    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512 {
+    unsafe fn load_two(a: *const u8, b: *const u8, _: usize) -> __m512 {
         unsafe {
             let low = _mm512_castpd256_pd512(_mm256_loadu_pd(a.cast()));
             _mm512_castpd_ps(_mm512_insertf64x4::<1>(low, _mm256_loadu_pd(b.cast())))
@@ -40,29 +54,64 @@ impl Floats for F32 {
 impl Floats for F16 {
     const BYTES: usize = 16;
     #[inline(always)]
-    unsafe fn load(at: *const u8) -> __m256 {
+    unsafe fn load(at: *const u8, _: usize) -> __m256 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(at.cast())) }
     }
     #[inline(always)]
-    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512 {
+    unsafe fn load_two(a: *const u8, b: *const u8, _: usize) -> __m512 {
         unsafe { _mm512_cvtph_ps(two_halves(a, b)) }
     }
 }
 
 impl Floats for Bf16 {
-    const BYTES: usize = 16;
+    const LEN: usize = 2;
+    const BYTES: usize = 32;
     #[inline(always)]
-    unsafe fn load(at: *const u8) -> __m256 {
+    unsafe fn load(at: *const u8, i: usize) -> __m256 {
         unsafe {
-            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            let pairs = _mm256_loadu_si256(at.cast());
+            _mm256_castsi256_ps(match i {
+                0 => _mm256_slli_epi32::<16>(pairs),
+                _ => _mm256_and_si256(pairs, _mm256_set1_epi32(!0xFFFF)),
+            })
         }
     }
     #[inline(always)]
-    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512 {
+    unsafe fn load_two(a: *const u8, b: *const u8, i: usize) -> __m512 {
         unsafe {
-            let wide = _mm512_cvtepu16_epi32(two_halves(a, b));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            let pairs = _mm512_castps_si512(F32::load_two(a, b, 0));
+            _mm512_castsi512_ps(match i {
+                0 => _mm512_slli_epi32::<16>(pairs),
+                _ => _mm512_and_si512(pairs, _mm512_set1_epi32(!0xFFFF)),
+            })
+        }
+    }
+}
+
+// Pairs stay together: `vdpbf16ps` adds both products, the second one first, each sum rounded to
+// the nearest; subnormal numbers are 0.
+impl Floats for Bf16Pairs {
+    const BYTES: usize = 32;
+    #[inline(always)]
+    unsafe fn load(at: *const u8, i: usize) -> __m256 {
+        unsafe { F32::load(at, i) }
+    }
+    #[inline(always)]
+    unsafe fn load_two(a: *const u8, b: *const u8, i: usize) -> __m512 {
+        unsafe { F32::load_two(a, b, i) }
+    }
+    #[inline(always)]
+    unsafe fn add(sum: __m256, w: __m256, x: __m256) -> __m256 {
+        unsafe {
+            let [w, x]: [__m256bh; 2] = transmute([w, x]);
+            _mm256_dpbf16_ps(sum, w, x)
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_two(sum: __m512, w: __m512, x: __m512) -> __m512 {
+        unsafe {
+            let [w, x]: [__m512bh; 2] = transmute([w, x]);
+            _mm512_dpbf16_ps(sum, w, x)
         }
     }
 }
@@ -70,11 +119,11 @@ impl Floats for Bf16 {
 impl Floats for I8 {
     const BYTES: usize = 8;
     #[inline(always)]
-    unsafe fn load(at: *const u8) -> __m256 {
+    unsafe fn load(at: *const u8, _: usize) -> __m256 {
         unsafe { signed_bytes(at) }
     }
     #[inline(always)]
-    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512 {
+    unsafe fn load_two(a: *const u8, b: *const u8, _: usize) -> __m512 {
         unsafe {
             let both = _mm_unpacklo_epi64(_mm_loadl_epi64(a.cast()), _mm_loadl_epi64(b.cast()));
             _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(both))
@@ -85,7 +134,7 @@ impl Floats for I8 {
 impl Floats for I4 {
     const BYTES: usize = 4;
     #[inline(always)]
-    unsafe fn load(at: *const u8) -> __m256 {
+    unsafe fn load(at: *const u8, _: usize) -> __m256 {
         unsafe {
             let all = _mm256_set1_epi32(at.cast::<i32>().read_unaligned());
             let places = _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28);
@@ -94,10 +143,10 @@ impl Floats for I4 {
         }
     }
     #[inline(always)]
-    unsafe fn load_two(a: *const u8, b: *const u8) -> __m512 {
+    unsafe fn load_two(a: *const u8, b: *const u8, _: usize) -> __m512 {
         unsafe {
-            let low = _mm512_castpd256_pd512(_mm256_castps_pd(Self::load(a)));
-            _mm512_castpd_ps(_mm512_insertf64x4::<1>(low, _mm256_castps_pd(Self::load(b))))
+            let low = _mm512_castpd256_pd512(_mm256_castps_pd(Self::load(a, 0)));
+            _mm512_castpd_ps(_mm512_insertf64x4::<1>(low, _mm256_castps_pd(Self::load(b, 0))))
         }
     }
 }

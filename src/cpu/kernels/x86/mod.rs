@@ -21,11 +21,11 @@ use crate::simd::Level;
 
 /// The functions of a level, in the order of the layouts.
 macro_rules! table {
-    ($floats:ident, $integers:ident) => {
+    ($floats:ident, $bf16:expr, $integers:ident) => {
         [
             $floats::<F32>,
             $floats::<F16>,
-            $floats::<Bf16>,
+            $bf16,
             $integers::<Q4_0>,
             $integers::<Q4_1>,
             $integers::<Q5_0>,
@@ -43,13 +43,18 @@ macro_rules! table {
     };
 }
 
-static AVX2: [Multiply; LAYOUTS.len()] = table!(floats_avx2, integers_avx2);
-static AVX_VNNI: [Multiply; LAYOUTS.len()] = table!(floats_avx2, integers_avx_vnni);
-static AVX512: [Multiply; LAYOUTS.len()] = table!(floats_avx512, integers_avx512);
+static AVX2: [Multiply; LAYOUTS.len()] = table!(floats_avx2, floats_avx2::<Bf16>, integers_avx2);
+static AVX_VNNI: [Multiply; LAYOUTS.len()] =
+    table!(floats_avx2, floats_avx2::<Bf16>, integers_avx_vnni);
+static AVX512: [Multiply; LAYOUTS.len()] =
+    table!(floats_avx512, floats_avx512::<Bf16>, integers_avx512);
+static AVX512_BF16: [Multiply; LAYOUTS.len()] =
+    table!(floats_avx512, pairs_avx512bf16::<Bf16Pairs>, integers_avx512);
 
 /// The functions of a level of this architecture.
 pub(super) fn table(level: Level) -> &'static [Multiply] {
     match level {
+        Level::Avx512Bf16 => &AVX512_BF16,
         Level::Avx512 => &AVX512,
         Level::AvxVnni => &AVX_VNNI,
         _ => &AVX2,
@@ -74,6 +79,7 @@ macro_rules! entry {
 
 entry!(floats_avx2<Floats>, "avx2,fma,f16c", floats::narrow::<F>);
 entry!(floats_avx512<Floats>, "avx2,fma,f16c,avx512f", floats::wide::<F>);
+entry!(pairs_avx512bf16<Floats>, "avx2,fma,f16c,avx512f,avx512vl,avx512bf16", floats::pairs::<F>);
 entry!(integers_avx2<Quants>, "avx2,fma,f16c", integers::<Avx2, F>);
 entry!(integers_avx_vnni<Quants>, "avx2,fma,f16c,avxvnni", integers::<AvxVnni, F>);
 entry!(integers_avx512<Quants>, "avx2,fma,f16c,avx512f,avx512vl,avx512vnni", integers::<Avx512, F>);
@@ -304,7 +310,7 @@ unsafe fn tiles<I: Isa, Q: Quants, const P: usize>(
 /// Operations of one round of [`products_in_registers`].
 pub(super) fn ops_per_round(level: Level) -> usize {
     match level {
-        Level::Avx512 => vnni::OPS_PER_ROUND_512,
+        Level::Avx512 | Level::Avx512Bf16 => vnni::OPS_PER_ROUND_512,
         Level::AvxVnni => vnni::OPS_PER_ROUND_256,
         _ => avx2::OPS_PER_ROUND,
     }
@@ -314,7 +320,7 @@ pub(super) fn ops_per_round(level: Level) -> usize {
 pub(super) unsafe fn products_in_registers(level: Level, rounds: usize) {
     unsafe {
         match level {
-            Level::Avx512 => vnni::products_in_registers_512(rounds),
+            Level::Avx512 | Level::Avx512Bf16 => vnni::products_in_registers_512(rounds),
             Level::AvxVnni => vnni::products_in_registers_256(rounds),
             _ => avx2::products_in_registers(rounds),
         }
