@@ -80,7 +80,8 @@ pub(super) struct RunArgs {
     /// Leaves threads to the system, instead of one core for each
     #[arg(long)]
     no_pin: bool,
-    /// Multiplies quantized weights with activations in full precision, instead of 8 bits; slow
+    /// Multiplies weights with activations in full precision; slow for quantized ones, which take 8
+    /// bits otherwise, as those in BF16 take BF16 where the processor multiplies it
     #[arg(long)]
     exact: bool,
     /// Instruction set [default: the best that the processor has]

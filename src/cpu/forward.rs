@@ -86,7 +86,7 @@ impl Threads {
 
 impl Engine {
     /// Starts threads for `model` and packs its weights. `pin`: each thread stays on a core of its
-    /// own. `exact`: activations are never rounded to 8 bits to be multiplied with weights.
+    /// own. `exact`: activations are never rounded to be multiplied with weights.
     pub fn new(model: &Model, n_threads: Threads, pin: bool, exact: bool) -> Result<Engine> {
         let team = Team::new(n_threads.most(), pin)?;
         let rope = model.hparams.rope.as_ref();

@@ -27,7 +27,8 @@ pub struct Options {
     pub n_threads: Threads,
     /// Whether each of them stays on a core of its own.
     pub pin: bool,
-    /// Whether activations stay `f32` where they would be rounded to 8 bits; slow.
+    /// Whether activations stay `f32` where they would be rounded to be multiplied; slow where that
+    /// would be to 8 bits.
     pub exact: bool,
     /// Types of cached keys and values.
     pub cache: (CacheType, CacheType),

@@ -88,8 +88,8 @@ impl Floats for Bf16 {
     }
 }
 
-// Pairs stay together: `vdpbf16ps` adds both products, the second one first, each sum rounded to
-// the nearest; subnormal numbers are 0.
+// Pairs stay together. `vdpbf16ps` adds the product of the second elements, then that of the first
+// (Intel's manual): sums are rounded to the nearest, subnormal numbers are 0.
 impl Floats for Bf16Pairs {
     const BYTES: usize = 32;
     #[inline(always)]
