@@ -28,7 +28,7 @@ fn llama(n_ff: u64, ty: u32) -> Arc<Model> {
         };
         tiny = tiny.tensor_of(&t.name, ty, &t.dims, data);
     }
-    Arc::new(Model::from_gguf(Gguf::parse(tiny.bytes()).unwrap()).unwrap())
+    Arc::new(Model::from_gguf(Gguf::parse(tiny.bytes().into()).unwrap()).unwrap())
 }
 
 /// Logits of a few tokens that are read `n` at a time.
