@@ -405,12 +405,18 @@ fn positive(x: f32) -> f32 {
 }
 
 thread_local! {
-    static COPY: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+    static MEMORY: std::cell::RefCell<[Vec<f32>; 2]> =
+        const { std::cell::RefCell::new([Vec::new(), Vec::new()]) };
 }
 
-/// Calls `work` with a row and a copy of it, in memory of this thread.
+/// Calls `work` with memory of this thread, which has any content.
+fn with_memory<T>(work: impl FnOnce(&mut [Vec<f32>; 2]) -> T) -> T {
+    MEMORY.with_borrow_mut(work)
+}
+
+/// Calls `work` with a row and a copy of it.
 fn with_copy<T>(x: &mut [f32], work: impl FnOnce(&mut [f32], &mut Vec<f32>) -> T) -> T {
-    COPY.with_borrow_mut(|copy| {
+    with_memory(|[copy, _]| {
         copy.clear();
         copy.extend_from_slice(x);
         work(x, copy)

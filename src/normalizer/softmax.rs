@@ -179,13 +179,20 @@ impl Normalizer for Gumbel {
         for part in [at.layer, at.head, at.position] {
             state = mixed(state ^ part as u64);
         }
-        for x in scores.iter_mut() {
-            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let uniform = ((mixed(state) >> 40) as f32 + 0.5) / (1u32 << 24) as f32;
-            *x = (*x - (-uniform.ln()).ln()) / self.tau;
-        }
+        with_copy(scores, |scores, noise| {
+            for noise in noise.iter_mut() {
+                state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+                *noise = uniform(mixed(state));
+            }
+            simd::add_gumbel(scores, noise, 1.0 / self.tau);
+        });
         softmax(scores);
     }
+}
+
+/// A number above 0 and below 1, exact, from the 23 highest bits.
+fn uniform(random: u64) -> f32 {
+    ((random >> 41) as f32 + 0.5) / (1u32 << 23) as f32
 }
 
 /// The output function of SplitMix64 (Steele, Lea and Flood 2014).
@@ -243,3 +250,20 @@ pub(super) static DIFFERENTIAL: Kind = Kind {
     sums_to_one: false,
     make: |p| Box::new(Differential { lambda: p[0], tau: p[1], clip: p[2] == 1.0 }),
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_is_finite() {
+        let u = [0, 1 << 40, 1 << 63, u64::MAX].map(uniform);
+        assert!(u.iter().all(|u| 0.0 < *u && *u < 1.0), "{u:?}");
+        let mut x = [3.0; 4];
+        simd::add_gumbel(&mut x, &u, 0.5);
+        for (x, u) in x.iter().zip(u.map(f64::from)) {
+            let exact = 0.5 * (3.0 - (-u.ln()).ln());
+            assert!((f64::from(*x) - exact).abs() < 2e-6, "{x} {exact}");
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! Softmax of which only some keys keep their weight.
 
 use super::softmax::softmax;
-use super::{Class, Domain, Kind, MAX, Normalizer, Row, param, with_copy};
+use super::{Class, Domain, Kind, MAX, Normalizer, Row, param, with_memory};
 use crate::simd;
 
 /// Removes keys for which `gone` holds.
@@ -14,10 +14,17 @@ struct TopK(usize);
 impl Normalizer for TopK {
     fn row(&self, scores: &mut [f32], _: Row) {
         if scores.len() > self.0 {
-            let least = with_copy(scores, |_, copy| {
-                *copy.select_nth_unstable_by(self.0 - 1, |a, b| b.total_cmp(a)).1
+            let few = self.0 <= simd::GROUPS;
+            let bound = if few { simd::least_of_largest(scores) } else { f32::NEG_INFINITY };
+            let least = with_memory(|[large, _]| {
+                simd::gather(scores, bound, f32::INFINITY, large);
+                // They are fewer than k only where some scores are NaN.
+                let at = self.0.min(large.len()).checked_sub(1)?;
+                Some(*large.select_nth_unstable_by(at, |a, b| b.total_cmp(a)).1)
             });
-            without(scores, |x| x < least);
+            if let Some(least) = least {
+                without(scores, |x| x < least);
+            }
         }
         softmax(scores);
     }
@@ -39,20 +46,48 @@ struct TopP {
     renormalise: bool,
 }
 
+/// Halvings after which the weights that may still be the least are gathered.
+const HALVINGS: usize = 4;
+
+impl TopP {
+    /// The largest weight so that those at least as large have the mass, found bit by bit: positive
+    /// floats compare like their bits.
+    fn least(&self, weights: &[f32]) -> f32 {
+        // Smaller ones do not make up what may go, as long as sums are not rounded to it.
+        let small = (1.0 - self.p) / weights.len() as f32;
+        let enough = simd::sum_from(weights, small) >= self.p;
+        let (mut least, mut most) =
+            (if enough { small } else { 0.0 }.to_bits(), simd::max(weights).to_bits());
+        with_memory(|[between, next]| {
+            between.clear();
+            between.extend_from_slice(weights);
+            // The mass of those above `most`, and of those of them that are not in `between`.
+            let (mut above, mut gone) = (0.0, 0.0);
+            for halving in 1.. {
+                if least >= most {
+                    break;
+                }
+                let middle = least + (most - least).div_ceil(2);
+                let sum = gone + simd::sum_from(between, f32::from_bits(middle));
+                match sum >= self.p {
+                    true => least = middle,
+                    false => (most, above) = (middle - 1, sum),
+                }
+                if halving % HALVINGS == 0 {
+                    simd::gather(between, f32::from_bits(least), f32::from_bits(most), next);
+                    std::mem::swap(between, next);
+                    gone = above;
+                }
+            }
+        });
+        f32::from_bits(least)
+    }
+}
+
 impl Normalizer for TopP {
     fn row(&self, scores: &mut [f32], _: Row) {
         softmax(scores);
-        // The largest weight so that those at least as large have the mass, found bit by bit:
-        // positive floats compare like their bits. With p = 1 all stay, whatever sums round to.
-        let (mut least, mut most) = (0u32, simd::max(scores).to_bits());
-        while self.p < 1.0 && least < most {
-            let middle = least + (most - least).div_ceil(2);
-            match simd::sum_from(scores, f32::from_bits(middle)) >= self.p {
-                true => least = middle,
-                false => most = middle - 1,
-            }
-        }
-        let least = f32::from_bits(least);
+        let least = if self.p < 1.0 { self.least(scores) } else { 0.0 };
         let sum = simd::map_sum(scores, |w| if w < least { 0.0 } else { w });
         if self.renormalise {
             simd::scale(scores, 1.0 / sum);

@@ -2,11 +2,11 @@
 
 use super::{Function, per_level};
 
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// The sum of lanes as a tree.
 #[inline(always)]
-fn tree(mut lanes: [f32; LANES]) -> f32 {
+pub(super) fn tree(mut lanes: [f32; LANES]) -> f32 {
     let mut n = LANES;
     while n > 1 {
         n /= 2;
@@ -19,7 +19,7 @@ fn tree(mut lanes: [f32; LANES]) -> f32 {
 
 /// The sum of `f(x)`, in lanes.
 #[inline(always)]
-fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+pub(super) fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (whole, rest) = x.as_chunks::<LANES>();
     for x in whole {
@@ -183,7 +183,7 @@ per_level! {
 
 /// `ln x` for normal `x > 0`, by the polynomial of Cephes' `logf`.
 #[inline(always)]
-fn ln1(x: f32) -> f32 {
+pub(super) fn ln1(x: f32) -> f32 {
     const SQRT_HALF: f32 = std::f32::consts::FRAC_1_SQRT_2;
     let bits = x.to_bits();
     // x = m 2^e with m in [1/2, 1), then in [sqrt(1/2), sqrt 2).
@@ -208,23 +208,14 @@ fn ln1(x: f32) -> f32 {
 #[inline(always)]
 fn softplus1(x: f32) -> f32 {
     let e = exp1(if x > 0.0 { -x } else { x });
-    // Kahan's way to keep the digits of e that 1 + e loses.
-    let u = 1.0 + e;
-    let log = if u == 1.0 { e } else { ln1(u) * (e / (u - 1.0)) };
+    // ln(1 + e) = 2 artanh(e / (2 + e)) by its series (Abramowitz and Stegun 4.6.33), which needs no
+    // more than this up to e = 1.
+    let s = e / (2.0 + e);
+    let z = s * s;
+    let p = (1.0 / 13.0 * z + 1.0 / 11.0) * z + 1.0 / 9.0;
+    let p = ((p * z + 1.0 / 7.0) * z + 1.0 / 5.0) * z + 1.0 / 3.0;
+    let log = 2.0 * s + 2.0 * s * z * p;
     (if x > 0.0 { x } else { 0.0 }) + log
-}
-
-/// `max(x, 0)^r`; NaN stays NaN.
-#[inline(always)]
-fn power(x: f32, r: f32) -> f32 {
-    let y = exp1(r * ln1(x));
-    if x < f32::MIN_POSITIVE {
-        0.0
-    } else if x.is_nan() {
-        x
-    } else {
-        y
-    }
 }
 
 // Not by `map` or `for_each`: functions this large are not inlined into them, and so stay without the
@@ -236,16 +227,6 @@ per_level! {
         for x in x {
             *x = softplus1(factor * *x);
         }
-    }
-}
-
-per_level! {
-    /// `x = max(factor x + shift, 0)^r`; returns the sum.
-    pub fn powers(x: &mut [f32], factor: f32, shift: f32, r: f32) -> f32 {
-        for x in x.iter_mut() {
-            *x = power(factor * *x + shift, r);
-        }
-        sum_of(x, |x| x)
     }
 }
 
@@ -297,22 +278,11 @@ per_level! {
 }
 
 per_level! {
-    /// The sums of `max(x - tau, 0)^r` and of `max(x - tau, 0)^(r - 1)`.
-    pub fn power_sums(x: &[f32], tau: f32, r: f32) -> [f32; 2] {
-        let mut lanes = [[0.0f32; LANES]; 2];
-        for x in x.chunks(LANES) {
-            // What is missing of the last part has no weight.
-            let mut u = [0.0f32; LANES];
-            for i in 0..x.len() {
-                u[i] = x[i] - tau;
-            }
-            for i in 0..LANES {
-                let y = power(u[i], r - 1.0);
-                lanes[0][i] += y * u[i];
-                lanes[1][i] += y;
-            }
+    /// `x = (x - ln(-ln u)) factor`, for `0 < u < 1`.
+    pub fn add_gumbel(x: &mut [f32], u: &[f32], factor: f32) {
+        for (x, u) in x.iter_mut().zip(u) {
+            *x = (*x - ln1(-ln1(*u))) * factor;
         }
-        lanes.map(tree)
     }
 }
 
@@ -480,8 +450,6 @@ mod tests {
             let error = (f64::from(softplus1(x)) / exact - 1.0).abs();
             assert!(error < 5e-7, "{x}: {} {exact}", softplus1(x));
         }
-        assert_eq!((power(-1.0, 2.5), power(0.0, 3.0), power(1.0, 7.0)), (0.0, 0.0, 1.0));
-        assert!((power(0.7, 3.0) - 0.343).abs() < 1e-6 && power(f32::NAN, 2.0).is_nan());
     }
 
     #[test]

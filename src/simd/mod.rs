@@ -6,8 +6,10 @@
 #![allow(unsafe_code)]
 
 mod functions;
+mod sparse;
 
 pub use functions::*;
+pub use sparse::*;
 
 use std::sync::atomic::{AtomicU8, Ordering};
 

@@ -187,6 +187,22 @@ fn published_vectors() {
     }
 }
 
+/// By halving, as the definition asks for a root.
+fn entmax(x: &[f64], alpha: f64) -> Vec<f64> {
+    let z: Vec<f64> = x.iter().map(|x| (alpha - 1.0) * x).collect();
+    let max = z.iter().fold(f64::MIN, |a, b| a.max(*b));
+    let over = |tau: f64| z.iter().map(move |z| (z - tau).max(0.0).powf(1.0 / (alpha - 1.0)));
+    let (mut low, mut high) = (max - 1.0, max);
+    for _ in 0..100 {
+        let tau = (low + high) / 2.0;
+        match over(tau).sum::<f64>() > 1.0 {
+            true => low = tau,
+            false => high = tau,
+        }
+    }
+    over(low).collect()
+}
+
 /// The plain definitions, in `f64`, of those that are not pinned by an identity.
 #[test]
 fn definitions_hold() {
@@ -227,6 +243,10 @@ fn definitions_hold() {
             let factor = f64::from(0.1685f32) * (x.len() as f64).ln();
             l1(x.iter().map(|x| (factor * x).exp().ln_1p()).collect())
         }),
+        ("sparsemax", |x| entmax(x, 2.0)),
+        ("entmax15", |x| entmax(x, 1.5)),
+        ("entmax", |x| entmax(x, 1.25)),
+        ("entmax:alpha=1.4", |x| entmax(x, f64::from(1.4f32))),
         ("hccs", |x| {
             let max = x.iter().fold(f64::MIN, |a, b| a.max(*b));
             l1(x.iter().map(|x| (1.0 + 0.25 * (x - max)).max(0.0)).collect())
