@@ -1,5 +1,5 @@
 //! Whole steps of a model of the shape of SmolLM2-135M, and attention: one layer with that model's
-//! heads and little else, at a depth of 4096, for every type of cache.
+//! heads and little else, at a depth of 4096, for every type of cache and every normalizer.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use qkov::cpu::CacheType;
 use qkov::measure::shape::{self, Shape};
 use qkov::model::Model;
+use qkov::normalizer;
 use qkov::session::{Options, Session};
 
 fn session(shape: &Shape, mixture: &str, cache: (CacheType, CacheType)) -> Session {
@@ -17,9 +18,34 @@ fn session(shape: &Shape, mixture: &str, cache: (CacheType, CacheType)) -> Sessi
     Session::new(model, &options).unwrap()
 }
 
+/// One layer with the heads of SmolLM2-135M.
+fn one_layer() -> Shape {
+    Shape { n_layer: 1, n_ff: 32, n_vocab: 64, ..*shape::find("smollm2-135m").unwrap() }
+}
+
+/// Of one token, with every normalizer.
+fn normalizers(c: &mut Criterion) {
+    let tokens: Vec<u32> = (0..4097).map(|i| i * 31 % 64).collect();
+    let mut session = session(&one_layer(), "Q8_0", (CacheType::F16, CacheType::F16));
+    let trained = session.model().trained.clone();
+    let mut group = c.benchmark_group("attention of 1 at 4096 with");
+    group.sample_size(10);
+    for kind in normalizer::kinds() {
+        let mut plan = trained.clone();
+        plan.set_normalizers(kind.name).unwrap();
+        session.set_plan(plan).unwrap();
+        session.feed(&tokens[..4096]).unwrap();
+        group.bench_function(kind.name, |b| {
+            b.iter(|| {
+                session.rewind(4096);
+                session.feed(&tokens[4096..]).unwrap();
+            });
+        });
+    }
+}
+
 fn attention(c: &mut Criterion) {
-    let whole = shape::find("smollm2-135m").unwrap();
-    let shape = Shape { n_layer: 1, n_ff: 32, n_vocab: 64, ..*whole };
+    let shape = one_layer();
     let tokens: Vec<u32> = (0..4224).map(|i| i * 31 % 64).collect();
     let (depth, prompt) = tokens.split_at(4096);
     for n in [1, prompt.len()] {
@@ -70,5 +96,5 @@ fn steps(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, attention, steps);
+criterion_group!(benches, attention, normalizers, steps);
 criterion_main!(benches);

@@ -7,11 +7,13 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::Run;
+use super::heads;
 use super::options::RunArgs;
 use super::terminal::{print, print_json, progress, read_text};
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{Sink, replace_file};
+use crate::measure::heads::{HeadStats, observe};
 use crate::measure::quality::{Base, Divergence, Estimate, Quality, Spread, Windows, evaluate};
 use crate::measure::retrieval::{DEPTHS, Found, Needle, Probe, Retrieval, retrieve};
 use crate::session::Session;
@@ -38,6 +40,9 @@ pub(super) struct Eval {
     /// with `random` tokens too
     #[arg(long, value_name = "NEEDLE", num_args = 0..=1, default_missing_value = "passage")]
     retrieval: Option<Needle>,
+    /// Also tells what every head does, over the first 8 windows
+    #[arg(long)]
+    heads: bool,
     /// Prints the result as JSON; shares and probabilities are from 0 to 1
     #[arg(long)]
     json: bool,
@@ -46,6 +51,9 @@ pub(super) struct Eval {
 /// Window in tokens unless asked: llama.cpp's.
 const DEFAULT_WINDOW: usize = 512;
 
+/// Windows whose heads are looked at.
+const HEAD_WINDOWS: usize = 8;
+
 /// What was measured.
 struct Measured {
     quality: Quality,
@@ -53,6 +61,7 @@ struct Measured {
     /// What the model was compared with, in words.
     base: Option<String>,
     base_retrieval: Option<Retrieval>,
+    heads: Option<Vec<HeadStats>>,
 }
 
 impl Run for Eval {
@@ -93,7 +102,11 @@ impl Run for Eval {
                 base_retrieval = Some(find(other, &windows, needle)?);
             }
         }
-        let measured = Measured { quality, retrieval, base: base_name, base_retrieval };
+        let heads = match self.heads {
+            true => Some(observe(&mut session, &windows, HEAD_WINDOWS, &mut |_| {})?),
+            false => None,
+        };
+        let measured = Measured { quality, retrieval, base: base_name, base_retrieval, heads };
         match self.json {
             true => print_json(&self.report(&session, &measured)),
             false => print(self.text(&session, &measured).as_bytes()),
@@ -176,6 +189,9 @@ impl Eval {
         for (name, x) in quality.fields().into_iter().chain(retrieval).chain(base_retrieval) {
             report[name] = json!(x);
         }
+        if let Some(heads) = &measured.heads {
+            report["heads"] = heads::report(heads);
+        }
         report
     }
 
@@ -196,6 +212,7 @@ impl Eval {
         if let Some(r) = &measured.retrieval {
             text += &retrieval(r, measured.base_retrieval.as_ref());
         }
+        text += &measured.heads.as_deref().map_or(String::new(), heads::table);
         text
     }
 }

@@ -5,6 +5,7 @@ mod calibrate;
 mod chat;
 mod eval;
 mod generate;
+mod heads;
 mod inspect;
 mod norms;
 mod options;

@@ -55,7 +55,12 @@ fn what_is_equal_but_for_its_parameters_is_found() {
             &mut |_, _| Ok(()),
         );
         for fit in fits.unwrap() {
-            assert!(fit.err < 0.02 && fit.err <= fit.raw_err + 1e-3, "{wanted} {} {}", fit.raw_err, fit.err);
+            assert!(
+                fit.err < 0.02 && fit.err <= fit.raw_err + 1e-3,
+                "{wanted} {} {}",
+                fit.raw_err,
+                fit.err
+            );
         }
         // As the engine computes it, over all rows.
         let error = error(&mut session, &windows);
