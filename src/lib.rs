@@ -15,6 +15,7 @@ pub mod measure;
 pub mod merge;
 pub mod model;
 pub mod normalizer;
+pub mod param;
 pub mod plan;
 pub mod quant;
 pub mod session;

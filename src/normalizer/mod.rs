@@ -17,6 +17,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::bad_usage;
 use crate::error::{Error, Result};
+use crate::param;
+pub use crate::param::{Domain, MAX, Param, param};
 use crate::simd;
 
 /// Turns scores into weights, one row at a time.
@@ -54,32 +56,6 @@ pub enum Class {
     Ordered,
 }
 
-/// A parameter of a kind.
-#[derive(Debug, Clone, Copy)]
-pub struct Param {
-    /// The name.
-    pub name: &'static str,
-    /// Meaning, and unit where there is one.
-    pub what: &'static str,
-    /// The value unless given.
-    pub default: f32,
-    /// What is allowed.
-    pub domain: Domain,
-}
-
-/// Values that a parameter may have.
-#[derive(Debug, Clone, Copy)]
-pub enum Domain {
-    /// Both ends included.
-    From(f32, f32),
-    /// The lower end excluded, the upper included.
-    Above(f32, f32),
-    /// Whole numbers, both ends included.
-    Whole(f32, f32),
-    /// One of these words; the value is its index.
-    Word(&'static [&'static str]),
-}
-
 /// An entry of the registry.
 pub struct Kind {
     /// The name on the command line and in files.
@@ -98,14 +74,6 @@ pub struct Kind {
     pub sums_to_one: bool,
     /// Makes one with these values, in the order of `params`.
     pub make: fn(&[f32]) -> Box<dyn Normalizer>,
-}
-
-/// Unlimited above.
-pub const MAX: f32 = f32::MAX;
-
-/// A parameter.
-pub const fn param(name: &'static str, what: &'static str, default: f32, domain: Domain) -> Param {
-    Param { name, what, default, domain }
 }
 
 /// Parameters that every kind has. Scores are mapped to `(scale + scale_n ln n) x + offset + offset_n
@@ -231,33 +199,10 @@ impl Choice {
 
     /// Reads `NAME[:key=value,..]`.
     pub fn parse(text: &str) -> Result<Choice> {
-        let (name, rest) = text.split_once(':').unwrap_or((text, ""));
-        let kind = find(name.trim())?;
-        let mut choice = Choice::of(kind);
-        for pair in rest.split(',').map(str::trim).filter(|p| !p.is_empty()) {
-            let Some((key, value)) = pair.split_once('=') else {
-                bad_usage!("normalizer {name}: \"{pair}\" is not key=value");
-            };
-            choice.set(key.trim(), value.trim())?;
-        }
-        Ok(Choice::with(kind, choice.values))
-    }
-
-    fn set(&mut self, key: &str, value: &str) -> Result<()> {
-        let name = self.kind.name;
-        let params = || self.kind.params.iter().chain(COMMON);
-        let Some(i) = params().position(|p| p.name == key) else {
-            let known: Vec<_> = params().map(Param::describe).collect();
-            bad_usage!("normalizer {name} has no parameter \"{key}\"; it has {}", known.join(", "));
-        };
-        match params().nth(i).and_then(|p| p.domain.read(value)) {
-            Some(value) => self.values[i] = value,
-            None => {
-                let domain = params().nth(i).map(|p| p.domain.to_string()).unwrap_or_default();
-                bad_usage!("normalizer {name}: {key} = {value}; allowed {domain}")
-            }
-        }
-        Ok(())
+        let (name, rest) = param::split(text);
+        let kind = find(name)?;
+        let params = kind.params.iter().chain(COMMON);
+        Ok(Choice::with(kind, param::read(&format!("normalizer {name}"), params, rest)?))
     }
 
     /// The same with other values of some parameters.
@@ -282,16 +227,7 @@ impl Choice {
 
     /// What [`Choice::parse`] reads, with those values that are not defaults.
     pub fn text(&self) -> String {
-        let params = self.kind.params.iter().chain(COMMON);
-        let given: Vec<String> = params
-            .zip(&self.values)
-            .filter(|(p, value)| p.default != **value)
-            .map(|(p, value)| format!("{}={}", p.name, p.domain.show(*value)))
-            .collect();
-        match given.is_empty() {
-            true => self.kind.name.into(),
-            false => format!("{}:{}", self.kind.name, given.join(",")),
-        }
+        param::show(self.kind.name, self.kind.params.iter().chain(COMMON), &self.values)
     }
 
     /// Turns scores into weights. See [`Normalizer::row`].
@@ -351,50 +287,6 @@ impl TryFrom<String> for Choice {
 
     fn try_from(text: String) -> Result<Choice> {
         Choice::parse(&text)
-    }
-}
-
-impl Param {
-    /// Name, default and range, as messages show them.
-    pub fn describe(&self) -> String {
-        format!("{} (default {}, {})", self.name, self.domain.show(self.default), self.domain)
-    }
-}
-
-impl Domain {
-    fn read(&self, text: &str) -> Option<f32> {
-        if let Domain::Word(words) = self {
-            return words.iter().position(|w| *w == text).map(|i| i as f32);
-        }
-        let value: f32 = text.parse().ok()?;
-        let inside = match self {
-            Domain::From(a, b) => (*a..=*b).contains(&value),
-            Domain::Above(a, b) => value > *a && value <= *b,
-            Domain::Whole(a, b) => (*a..=*b).contains(&value) && value.fract() == 0.0,
-            Domain::Word(_) => false,
-        };
-        inside.then_some(value)
-    }
-
-    fn show(&self, value: f32) -> String {
-        match self {
-            Domain::Word(words) => words.get(value as usize).unwrap_or(&"").to_string(),
-            _ => value.to_string(),
-        }
-    }
-}
-
-impl std::fmt::Display for Domain {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Domain::From(a, b) if *b < MAX => write!(f, "{a} to {b}"),
-            Domain::From(a, _) if *a > -MAX => write!(f, "{a} or more"),
-            Domain::From(..) => write!(f, "any number"),
-            Domain::Above(a, b) if *b < MAX => write!(f, "more than {a}, at most {b}"),
-            Domain::Above(a, _) => write!(f, "more than {a}"),
-            Domain::Whole(a, b) => write!(f, "whole numbers {a} to {b}"),
-            Domain::Word(words) => write!(f, "{}", words.join(" or ")),
-        }
     }
 }
 

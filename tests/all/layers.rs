@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 /// From the bottom up; modules of one row may use each other unless `APART` says otherwise.
 const LAYERS: &[&[&str]] = &[
-    &["error", "simd"],
+    &["error", "param", "simd"],
     &["gguf", "quant"],
     &["arch", "token"],
     &["normalizer", "merge", "mask"],
