@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use crate::arch::Hparams;
+use crate::mask::Visible;
 use crate::merge::Geometry;
 use crate::normalizer::Row;
 use crate::plan::LayerPlan;
@@ -38,9 +39,9 @@ impl Attention {
         }
     }
 
-    /// The positions that the query at `position` sees; never empty.
-    pub fn visible(&self, position: usize) -> Range<usize> {
-        self.plan.mask.visible(position, self.window)
+    /// What the query at `position` sees, which belongs to `prompt` if it is in it.
+    pub fn visible(&self, position: usize, prompt: &Range<usize>) -> Visible {
+        self.plan.mask.visible(position, prompt, self.window)
     }
 
     /// Factor on query-key products before anything else is done with them.
@@ -66,8 +67,11 @@ impl Attention {
         self.plan.means[head].as_deref()
     }
 
-    /// Turns what is left of scores into weights.
+    /// Turns what is left of scores into weights; no scores into none.
     pub fn normalize(&self, position: usize, head: usize, scores: &mut [f32]) {
+        if scores.is_empty() {
+            return;
+        }
         let at = Row { position, layer: self.layer, head, n_ctx_train: self.n_ctx_train };
         self.plan.normalizers[head].row(scores, at);
     }

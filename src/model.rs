@@ -4,6 +4,7 @@
 //! biases are read into memory.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::Path;
 
 use crate::arch::{Bias, Hparams, LayerHparams};
@@ -141,6 +142,32 @@ impl Model {
         plan.set_normalizers(text)?;
         self.set_plan(plan);
         Ok(())
+    }
+
+    /// Replaces masks; see [`Plan::set_masks`].
+    pub fn set_masks(&mut self, text: &str) -> Result<()> {
+        self.plan.set_masks(text)?;
+        self.attention = attention(&self.hparams, &self.plan);
+        Ok(())
+    }
+
+    /// Where tokens at these positions must end to be read together: after the last key that any
+    /// of them sees in any layer, as `prompt` may have more of them see each other.
+    pub fn together(&self, positions: Range<usize>, prompt: &Range<usize>) -> usize {
+        let Range { start, mut end } = positions;
+        let mut position = start.max(prompt.start);
+        while position < end.min(prompt.end) {
+            let ends = self.attention.iter().map(|a| a.visible(position, prompt).end());
+            end = end.max(ends.max().unwrap_or(0));
+            position += 1;
+        }
+        end
+    }
+
+    /// Whether a token of this prompt sees a later one in any layer.
+    pub fn looks_ahead(&self, prompt: &Range<usize>) -> bool {
+        let ahead = |p| self.attention.iter().any(|a| a.visible(p, prompt).end() > p + 1);
+        prompt.clone().any(ahead)
     }
 
     /// Changes the plan as a file says.

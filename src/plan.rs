@@ -10,9 +10,9 @@ use std::sync::Arc;
 use crate::arch::Hparams;
 use crate::bad_usage;
 use crate::error::Result;
-use crate::mask::{self, Mask};
+use crate::mask;
 use crate::merge::{self, Form};
-use crate::normalizer::{self, Choice};
+use crate::normalizer;
 
 /// One choice per layer.
 #[derive(Clone)]
@@ -27,9 +27,9 @@ pub struct LayerPlan {
     /// How attention is factored.
     pub form: &'static dyn Form,
     /// Which keys are seen.
-    pub mask: &'static dyn Mask,
+    pub mask: mask::Choice,
     /// Indexed by query head.
-    pub normalizers: Vec<Choice>,
+    pub normalizers: Vec<normalizer::Choice>,
     /// Added to the output of a head, if anything is: what a swapped normalizer takes away or adds on
     /// average. Indexed by query head, each `[value_dim]`
     pub means: Vec<Option<Arc<[f32]>>>,
@@ -38,11 +38,12 @@ pub struct LayerPlan {
 impl Plan {
     /// The model as trained: `split`, `causal`, `softmax`.
     pub fn trained(hparams: &Hparams) -> Result<Plan> {
-        let (form, mask) = (merge::find("split")?, mask::find("causal")?);
-        let softmax = Choice::of(normalizer::find("softmax")?);
+        let form = merge::find("split")?;
+        let mask = mask::Choice::of(mask::find("causal")?);
+        let softmax = normalizer::Choice::of(normalizer::find("softmax")?);
         let layer = |n_head| LayerPlan {
             form,
-            mask,
+            mask: mask.clone(),
             normalizers: vec![softmax.clone(); n_head],
             means: vec![None; n_head],
         };
@@ -53,13 +54,8 @@ impl Plan {
     /// `LAYERS[.HEADS]=NAME[:key=value,..]` with `;` between them, later ones over earlier ones. Layers
     /// and heads are `*`, a number, or two with `-` between them, both included.
     pub fn set_normalizers(&mut self, text: &str) -> Result<()> {
-        for item in text.split(';').map(str::trim).filter(|item| !item.is_empty()) {
-            let is_selector = |c: char| c.is_ascii_digit() || " *-.".contains(c);
-            let (selector, choice) = match item.split_once('=') {
-                Some((before, after)) if before.chars().all(is_selector) => (before, after),
-                _ => ("*", item),
-            };
-            let choice = Choice::parse(choice)?;
+        for (selector, choice) in items(text) {
+            let choice = normalizer::Choice::parse(choice)?;
             let (layers, heads) = selector.split_once('.').unwrap_or((selector, "*"));
             let n_layer = self.layers.len();
             for layer in &mut self.layers[range("layer", layers, n_layer)?] {
@@ -72,7 +68,44 @@ impl Plan {
         Ok(())
     }
 
-    /// What is in use, each once, as reports carry it: normalizers with their parameters, forms, masks.
+    /// Chooses masks, as [`Plan::set_normalizers`] does normalizers, but only by layers. A mask that
+    /// reads a prompt more than once is for all of them.
+    pub fn set_masks(&mut self, text: &str) -> Result<()> {
+        let mut layers = self.layers.clone();
+        for (selector, choice) in items(text) {
+            let choice = mask::Choice::parse(choice)?;
+            if let Some((_, heads)) = selector.split_once('.') {
+                bad_usage!(
+                    "mask {}: heads \"{heads}\"; all heads of a layer have one mask",
+                    choice.text()
+                );
+            }
+            let n_layer = layers.len();
+            layers[range("layer", selector, n_layer)?]
+                .iter_mut()
+                .for_each(|layer| layer.mask = choice.clone());
+        }
+        let copies = |layer: &LayerPlan| layer.mask.kind().copies;
+        let most = layers.iter().max_by_key(|l| copies(l));
+        let other = layers.iter().position(|l| most.is_some_and(|m| copies(m) != copies(l)));
+        if let (Some(most), Some(other)) = (most, other) {
+            bad_usage!(
+                "mask {} is how a prompt is read, for all layers or none; layer {other} has {}",
+                most.mask.text(),
+                layers[other].mask.text()
+            );
+        }
+        self.layers = layers;
+        Ok(())
+    }
+
+    /// How often a prompt is read.
+    pub fn n_copies(&self) -> usize {
+        self.layers.first().map_or(1, |l| l.mask.kind().copies)
+    }
+
+    /// What is in use, each once, as reports carry it: normalizers, forms, masks, with their
+    /// parameters.
     pub fn names(&self) -> [String; 3] {
         let once = |names: &mut dyn Iterator<Item = String>| {
             let mut seen: Vec<String> = Vec::new();
@@ -85,11 +118,24 @@ impl Plan {
         };
         let layers = &self.layers;
         [
-            once(&mut layers.iter().flat_map(|l| l.normalizers.iter().map(Choice::text))),
+            once(
+                &mut layers.iter().flat_map(|l| l.normalizers.iter().map(normalizer::Choice::text)),
+            ),
             once(&mut layers.iter().map(|l| l.form.name().to_string())),
-            once(&mut layers.iter().map(|l| l.mask.name().to_string())),
+            once(&mut layers.iter().map(|l| l.mask.text())),
         ]
     }
+}
+
+/// What a text chooses for what: `CHOICE` for everything, or `SELECTOR=CHOICE` with `;` between them.
+fn items(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    let is_selector = |c: char| c.is_ascii_digit() || " *-.".contains(c);
+    text.split(';').map(str::trim).filter(|item| !item.is_empty()).map(move |item| {
+        match item.split_once('=') {
+            Some((before, after)) if before.chars().all(is_selector) => (before, after),
+            _ => ("*", item),
+        }
+    })
 }
 
 /// The part of `n` layers or heads that `text` selects.

@@ -71,14 +71,15 @@ impl Run for Bench {
 
     fn run(self) -> Result<()> {
         let tests = self.tests()?;
-        let n_ctx = tests.iter().map(Test::n_ctx).max();
         let counts = self.run.threads();
         let most = |of: fn(&Threads) -> usize| counts.iter().map(of).max().unwrap_or(1);
         let n_threads = Threads { one: most(|t| t.one), batch: most(|t| t.batch) };
         // From nothing to the logits of one token.
         let start = || -> Result<(Session, f64)> {
             let start = Instant::now();
-            let mut session = self.run.session_with(self.open()?, n_ctx, n_threads)?;
+            let model = self.open()?;
+            let n_ctx = tests.iter().map(|test| test.n_ctx(model.plan.n_copies())).max();
+            let mut session = self.run.session_with(model, n_ctx, n_threads)?;
             session.feed(&[0])?;
             Ok((session, start.elapsed().as_secs_f64()))
         };

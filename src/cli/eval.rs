@@ -87,7 +87,8 @@ impl Run for Eval {
         let Some(windows) = own.or_else(|| base.as_ref().map(|base| base.windows.clone())) else {
             bad_usage!("a text is needed: --file or --base");
         };
-        let mut session = self.run.session(model, Some(n_ctx))?;
+        let n_positions = windows.n_positions(model.plan.n_copies());
+        let mut session = self.run.session(model, Some(n_positions))?;
         let mut base_name = self.base.as_ref().map(|path| path.to_string_lossy().into_owned());
         if let Some(plan) = &self.against {
             let other = self.run.base_session(plan, n_ctx)?;

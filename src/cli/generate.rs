@@ -58,10 +58,10 @@ impl Run for Generate {
             // Something must be read before anything can follow.
             tokens.extend(tokenizer.bos().or(tokenizer.eos()));
         }
-        session.check_room(tokens.len())?;
+        session.check_room(session.n_positions(&tokens, &[]))?;
         print_text(&prompt)?;
         tokens.iter().for_each(|t| sampler.accept(*t));
-        session.become_tokens(&tokens, &mut |_| true)?;
+        session.feed_prompt(&tokens)?;
         let (prompt_time, mut n) = (start.elapsed(), 0);
         let start = Instant::now();
         let mut decoder = StreamDecoder::default();

@@ -120,7 +120,7 @@ fn layers(gguf: &Gguf) -> Result<Vec<Map<String, Json>>> {
     let hparams = Hparams::read(gguf, n_vocab)?;
     let plan = Plan::trained(&hparams)?;
     let layers = plan.layers.into_iter().enumerate().map(|(i, plan)| {
-        let (form, mask) = (plan.form.name(), plan.mask.name());
+        let (form, mask) = (plan.form.name(), plan.mask.text());
         let g = Attention::new(&hparams, i, plan).geometry;
         let value = json!({
             "layer": i,

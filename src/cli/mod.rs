@@ -7,6 +7,7 @@ mod eval;
 mod generate;
 mod heads;
 mod inspect;
+mod masks;
 mod norms;
 mod options;
 mod patterns;
@@ -53,6 +54,7 @@ static COMMANDS: &[Entry] = &[
     entry::<bench::Bench>(),
     entry::<calibrate::Calibrate>(),
     entry::<norms::Norms>(),
+    entry::<masks::Masks>(),
     entry::<patterns::Patterns>(),
     entry::<inspect::Inspect>(),
     entry::<tokenize::Tokenize>(),

@@ -35,20 +35,18 @@ impl Run for Norms {
     }
 }
 
-fn line(param: &Param) -> String {
+/// A parameter, as lists show it.
+pub(super) fn line(param: &Param) -> String {
     format!("    {}: {}\n", param.describe(), param.what)
 }
 
+pub(super) fn param_json(param: &Param) -> Value {
+    json!({"name": param.name, "what": param.what, "default": param.default,
+           "allowed": param.domain.to_string()})
+}
+
 fn as_json(kind: &Kind) -> Value {
-    let params: Vec<Value> = kind
-        .params
-        .iter()
-        .chain(COMMON)
-        .map(|p| {
-            json!({"name": p.name, "what": p.what, "default": p.default,
-                   "allowed": p.domain.to_string()})
-        })
-        .collect();
+    let params: Vec<Value> = kind.params.iter().chain(COMMON).map(param_json).collect();
     json!({
         "name": kind.name,
         "formula": kind.formula,

@@ -94,7 +94,11 @@ pub(super) struct RunArgs {
     /// such as '*=softmax;0-3=sigmoid;5.2=entmax:alpha=1.1'; see `norms`
     #[arg(long, value_name = "PLAN")]
     norm: Option<String>,
-    /// Plan file, from `calibrate`; --norm goes over what it says
+    /// Mask instead of causal: NAME[:key=value,..] for all layers, or by layers, such as
+    /// '0-3=window:n=256;*=causal', later ones over earlier ones; see `masks`
+    #[arg(long, value_name = "PLAN")]
+    mask: Option<String>,
+    /// Plan file, from `calibrate`; --norm and --mask go over what it says
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
     /// Type of cached keys
@@ -132,7 +136,7 @@ impl RunArgs {
         self.planned(model)
     }
 
-    /// A model with the normalizers that were asked for.
+    /// A model with the normalizers and masks that were asked for.
     pub(super) fn planned(&self, mut model: Model) -> Result<Arc<Model>> {
         if let Some(path) = &self.plan {
             let file = PlanFile::parse(&read_text(Some(path))?).map_err(|e| e.at(path))?;
@@ -140,6 +144,9 @@ impl RunArgs {
         }
         if let Some(text) = &self.norm {
             model.set_normalizers(text)?;
+        }
+        if let Some(text) = &self.mask {
+            model.set_masks(text)?;
         }
         model.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         Ok(Arc::new(model))

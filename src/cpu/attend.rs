@@ -7,6 +7,7 @@ use super::KvCache;
 use super::cache::GROUP;
 use super::forward::{Buffers, Pass, ThreadBuffers};
 use super::kernels::{Activations, LANES, Scratch, multiply};
+use super::runs::{Run, Runs};
 use super::threads::Columns;
 use crate::attention::Attention;
 use crate::simd;
@@ -28,7 +29,7 @@ pub(super) struct Head<'a> {
 }
 
 impl Head<'_> {
-    /// Scores of queries with `n` keys from `start` on, into `out[..][at..]`.
+    /// Scores of queries with the keys of a run, into their columns of `out`.
     ///
     /// # Safety
     /// Nobody else uses those parts of `out` meanwhile.
@@ -36,13 +37,52 @@ impl Head<'_> {
         self,
         scratch: &mut Scratch,
         queries: &Activations,
-        (start, n): (usize, usize),
+        run: Run,
         out: Columns<f32>,
-        at: usize,
     ) {
-        let keys = self.cache.keys(self.layer, self.head, start, n);
+        let keys = self.cache.keys(self.layer, self.head, run.start, run.n);
         // SAFETY: the caller's promise.
-        unsafe { multiply(&keys, queries, scratch, out, at) };
+        unsafe { multiply(&keys, queries, scratch, out, run.column) };
+    }
+
+    /// Mixes `elements` of all values that are seen into `out[..][elements]`: what is before a gap is
+    /// added to what is after it.
+    ///
+    /// # Safety
+    /// Nobody else uses those parts of `out` meanwhile.
+    pub(super) unsafe fn mix_runs(
+        self,
+        (scratch, own): (&mut Scratch, &mut MixBuffers),
+        weights: &Activations,
+        runs: &Runs,
+        elements: Range<usize>,
+        out: Columns<f32>,
+    ) {
+        let [far, near] = runs.0;
+        let of = |run: Run| Activations { floats: &weights.floats[run.column..], ..*weights };
+        let (start, n) = (elements.start, elements.len());
+        if near.n == 0 {
+            // SAFETY: the caller's promise.
+            (0..weights.n).for_each(|t| unsafe { out.part(t, start, n) }.fill(0.0));
+            return;
+        }
+        let places = (near.start, near.n);
+        // SAFETY: the caller's promise.
+        unsafe { self.mix((scratch, own), &of(near), places, elements.clone(), out) };
+        if far.n == 0 {
+            return;
+        }
+        let mut added = std::mem::take(&mut own.added);
+        added.resize(weights.n * elements.end, 0.0);
+        let places = (far.start, far.n);
+        let to = Columns::new(&mut added, elements.end);
+        // SAFETY: `added` is this thread's own.
+        unsafe { self.mix((scratch, own), &of(far), places, elements.clone(), to) };
+        for (t, added) in added.chunks_exact(elements.end).enumerate() {
+            // SAFETY: the caller's promise.
+            simd::add(unsafe { out.part(t, start, n) }, &added[elements.clone()]);
+        }
+        own.added = added;
     }
 
     /// Mixes `elements` of the values at `n` positions from `start` on into `out[..][elements]`.
@@ -60,7 +100,7 @@ impl Head<'_> {
         out: Columns<f32>,
     ) {
         let Head { cache, layer, head } = self;
-        let MixBuffers { scaled, few, values: columns, kept, kept_scales } = own;
+        let MixBuffers { scaled, few, values: columns, kept, kept_scales, .. } = own;
         let is_sparse = find_few(weights, n, few);
         let weights = match is_sparse {
             true => {
@@ -112,6 +152,8 @@ pub(super) struct MixBuffers {
     kept: Vec<f32>,
     kept_scales: Vec<u8>,
     values: Vec<u8>,
+    /// What is mixed from before a gap.
+    added: Vec<f32>,
 }
 
 /// Share of the positions up to which it pays to pick their values out.
@@ -157,7 +199,7 @@ impl Buffers {
             return self.observe(pass, (cache, layer), position, observer);
         }
         let alone = self.q.len() == g.n_head * g.score_dim;
-        match alone && attention.visible(position).len() > SHORT {
+        match alone && attention.visible(position, pass.prompt).len() > SHORT {
             true => self.attend_one(pass, attention, (cache, layer), position),
             false => self.attend_blocks(pass, attention, (cache, layer), position),
         }
@@ -173,34 +215,27 @@ impl Buffers {
     ) {
         let g = attention.geometry;
         let per_kv = g.n_head / g.n_head_kv;
-        let visible = attention.visible(position);
-        // Whole panels of keys.
-        let first = visible.start / LANES * LANES;
-        let n_keys = visible.end - first;
-        let width = n_keys.next_multiple_of(LANES);
+        let visible = attention.visible(position, pass.prompt);
+        let runs = Runs::by(std::iter::once(visible.clone()));
+        let width = runs.width();
         let copies = cache.key_copies();
         let Buffers { q, heads, scores, threads, .. } = self;
         scores.resize(g.n_head * width, 0.0);
 
-        let n_tasks = n_keys.div_ceil(KEYS_PER_TASK);
+        let n_tasks = runs.n_parts(KEYS_PER_TASK);
         let out = Columns::new(&mut scores[..], width);
         pass.crew.each_with(threads, g.n_head_kv * n_tasks, |own, task| {
-            let (head, start) = (task / n_tasks, task % n_tasks * KEYS_PER_TASK);
-            let n = KEYS_PER_TASK.min(n_keys - start);
+            let (head, part) = (task / n_tasks, runs.part(task % n_tasks, KEYS_PER_TASK));
             let of_head = head * per_kv * g.score_dim..(head + 1) * per_kv * g.score_dim;
             own.q.fill(per_kv, g.score_dim, copies, |floats| floats.copy_from_slice(&q[of_head]));
             // SAFETY: tasks have keys of their own.
             unsafe {
                 let out = out.skip(head * per_kv);
-                let head = Head { cache, layer, head };
-                head.score(&mut own.scratch, &own.q.view(), (first + start, n), out, start);
+                Head { cache, layer, head }.score(&mut own.scratch, &own.q.view(), part, out);
             }
         });
-        let seen = visible.start - first..n_keys;
         pass.crew.chunks(scores, width, |_, head, row| {
-            row[..seen.start].fill(0.0);
-            attention.weigh(position, head, &mut row[seen.clone()]);
-            row[seen.end..].fill(0.0);
+            runs.weigh(row, &visible, |scores| attention.weigh(position, head, scores));
         });
         let n_tasks = g.value_dim.div_ceil(VALUES_PER_TASK);
         let out = Columns::new(&mut heads.floats[..], g.value_dim);
@@ -212,8 +247,7 @@ impl Buffers {
             // SAFETY: tasks have elements of their own.
             unsafe {
                 let out = out.skip(head * per_kv);
-                let head = Head { cache, layer, head };
-                head.mix(buffers, &weights, (first, n_keys), elements, out);
+                Head { cache, layer, head }.mix_runs(buffers, &weights, &runs, elements, out);
             }
         });
     }
@@ -246,29 +280,26 @@ impl Buffers {
                     to.copy_from_slice(&q[t * q_width + head * of_head..][..of_head]);
                 }
             });
-            let range = |t: usize| attention.visible(n_past + t);
-            let first = tokens.clone().map(|t| range(t).start).min().unwrap_or(0) / LANES * LANES;
-            let end = tokens.clone().map(|t| range(t).end).max().unwrap_or(0);
-            let width = (end - first).next_multiple_of(LANES);
+            let visible = |t: usize| attention.visible(n_past + t, pass.prompt);
+            let runs = Runs::by(tokens.clone().map(visible));
+            let width = runs.width();
             let kv = Head { cache, layer, head };
-            let positions = (first, end - first);
             let ThreadBuffers { scratch, q, scores, mix, out } = own;
             scores.resize(n_rows * width, 0.0);
-            // SAFETY: the output is this thread's own.
-            unsafe { kv.score(scratch, &q.view(), positions, Columns::new(scores, width), 0) };
+            for run in runs.0 {
+                // SAFETY: the output is this thread's own.
+                unsafe { kv.score(scratch, &q.view(), run, Columns::new(scores, width)) };
+            }
             for (r, row) in scores.chunks_exact_mut(width).enumerate() {
                 let (t, h) = (tokens.start + r / per_kv, head * per_kv + r % per_kv);
-                let seen = range(t);
-                row[..seen.start - first].fill(0.0);
-                attention.weigh(n_past + t, h, &mut row[seen.start - first..seen.end - first]);
-                row[seen.end - first..].fill(0.0);
+                runs.weigh(row, &visible(t), |scores| attention.weigh(n_past + t, h, scores));
             }
             out.resize(n_rows * g.value_dim, 0.0);
             let weights = rows(n_rows, scores, width);
             // SAFETY: the output is this thread's own.
             unsafe {
                 let out = Columns::new(out, g.value_dim);
-                kv.mix((scratch, mix), &weights, positions, 0..g.value_dim, out);
+                kv.mix_runs((scratch, mix), &weights, &runs, 0..g.value_dim, out);
             }
             for (i, t) in tokens.enumerate() {
                 let n = per_kv * g.value_dim;

@@ -174,7 +174,13 @@ impl KvCache {
 
     /// Size in bytes.
     pub fn n_bytes(&self) -> usize {
-        self.layers.iter().map(|l| l.keys.len() + l.values.len()).sum()
+        (0..self.layers.len()).map(|i| self.layer_bytes(i)).sum()
+    }
+
+    /// Size of one layer in bytes.
+    pub fn layer_bytes(&self, layer: usize) -> usize {
+        let LayerCache { keys, values, .. } = &self.layers[layer];
+        keys.len() + values.len()
     }
 
     /// Positions for which there is room.

@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::model::{Layer, Model, NormWeight};
 use crate::simd;
 
-/// Tokens that go through the layers together.
+/// Tokens that go through the layers together, unless they must see later ones.
 const N_BATCH: usize = 512;
 /// Tasks per thread and product that are aimed at, so that nobody waits long for the last.
 const TASKS_PER_THREAD: usize = 4;
@@ -119,11 +119,14 @@ impl Engine {
 
     /// Runs `tokens` at the positions from `n_past` on, which must fit the cache, and appends to
     /// `logits` those of the tokens in `wanted` (indices into `tokens`). `[wanted, n_vocab]`
+    /// Positions in `prompt` are those of a prompt; if its tokens see later ones, those must be in
+    /// `tokens` too. Such tokens go through the layers together, however many they are, and buffers
+    /// grow with them: about `14 n_embd + 10 n_head * head_dim + 10 n_ff` bytes for each.
     pub fn forward(
         &mut self,
         model: &Model,
         cache: &mut KvCache,
-        (tokens, n_past): (&[u32], usize),
+        (tokens, n_past, prompt): (&[u32], usize, &Range<usize>),
         wanted: Range<usize>,
         observer: Option<&dyn Observer>,
         logits: &mut Vec<f32>,
@@ -131,19 +134,22 @@ impl Engine {
         let Engine { team, n_threads, rotation, matrices, buffers } = self;
         let n = if tokens.len() == 1 { n_threads.one } else { n_threads.batch };
         team.enter(n, |crew| {
-            for (i, batch) in tokens.chunks(N_BATCH).enumerate() {
-                let start = i * N_BATCH;
-                let part = |at: usize| at.clamp(start, start + batch.len()) - start;
+            let mut start = 0;
+            while start < tokens.len() {
+                let end = n_past + tokens.len().min(start + N_BATCH);
+                let end = model.together(n_past + start..end, prompt) - n_past;
+                let part = |at: usize| at.clamp(start, end) - start;
                 let wanted = part(wanted.start)..part(wanted.end).max(part(wanted.start));
                 let rotation = rotation.as_ref();
                 let n_past = n_past + start;
-                let pass = Pass { crew, model, rotation, matrices, observer, n_past };
-                buffers.forward(&pass, cache, batch, wanted, logits);
+                let pass = Pass { crew, model, rotation, matrices, observer, n_past, prompt };
+                buffers.forward(&pass, cache, &tokens[start..end], wanted, logits);
+                start = end;
             }
         });
     }
 
-    /// Enters the team for work on a batch that begins at position 0.
+    /// Enters the team for work on a batch that begins at position 0 and is no prompt.
     pub(super) fn in_pass(
         &mut self,
         model: &Model,
@@ -153,7 +159,8 @@ impl Engine {
         let Engine { team, n_threads, rotation, matrices, buffers } = self;
         team.enter(n_threads.batch, |crew| {
             let rotation = rotation.as_ref();
-            work(&Pass { crew, model, rotation, matrices, observer, n_past: 0 }, buffers);
+            let (n_past, prompt) = (0, &(0..0));
+            work(&Pass { crew, model, rotation, matrices, observer, n_past, prompt }, buffers);
         });
     }
 }
@@ -167,6 +174,8 @@ pub(super) struct Pass<'a> {
     pub(super) observer: Option<&'a dyn Observer>,
     /// Position of the batch's first token.
     n_past: usize,
+    /// Positions of a prompt.
+    pub(super) prompt: &'a Range<usize>,
 }
 
 impl Buffers {

@@ -11,6 +11,7 @@ mod limits;
 mod observe;
 mod ops;
 mod rows;
+mod runs;
 pub mod threads;
 mod weights;
 

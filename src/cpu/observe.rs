@@ -5,6 +5,7 @@ use super::KvCache;
 use super::attend::{Head, rows};
 use super::forward::{Buffers, Engine, Pass, ThreadBuffers};
 use super::kernels::LANES;
+use super::runs::Runs;
 use super::threads::Columns;
 use crate::error::Result;
 use crate::model::Model;
@@ -78,7 +79,9 @@ impl Buffers {
         let (q_width, out_width) = (g.n_head * g.score_dim, g.n_head * g.value_dim);
         let n = self.q.len() / q_width;
         let n_keys = position + n;
-        let width = n_keys.next_multiple_of(LANES);
+        let visible = |t: usize| attention.visible(position + t, pass.prompt);
+        let runs = Runs::by((0..n).map(visible));
+        let width = runs.width();
         let copies = cache.key_copies();
         let Buffers { q, heads, threads, .. } = self;
         let heads = Columns::new(&mut heads.floats[..], out_width);
@@ -91,19 +94,20 @@ impl Buffers {
             let kv = Head { cache, layer, head: head / per_kv };
             let mut padded = vec![0.0; n * width];
             let out = Columns::new(&mut padded, width);
-            // SAFETY: the output is this thread's own.
-            unsafe { kv.score(&mut own.scratch, &own.q.view(), (0, n_keys), out, 0) };
+            for run in runs.0 {
+                // SAFETY: the output is this thread's own.
+                unsafe { kv.score(&mut own.scratch, &own.q.view(), run, out) };
+            }
             let mut scores = vec![f32::NEG_INFINITY; n * n_keys];
             let mut weights = vec![0.0; n * n_keys];
             for (t, row) in padded.chunks_exact_mut(width).enumerate() {
-                let visible = attention.visible(position + t);
-                let at = t * n_keys..(t + 1) * n_keys;
-                attention.cap(&mut row[visible.clone()]);
-                scores[at.clone()][visible.clone()].copy_from_slice(&row[visible.clone()]);
-                attention.normalize(position + t, head, &mut row[visible.clone()]);
-                row[..visible.start].fill(0.0);
-                row[visible.end..].fill(0.0);
-                weights[at].copy_from_slice(&row[..n_keys]);
+                let (visible, at) = (visible(t), t * n_keys..(t + 1) * n_keys);
+                runs.weigh(row, &visible, |row| {
+                    attention.cap(row);
+                    visible.spread(row, &mut scores[at.clone()]);
+                    attention.normalize(position + t, head, row);
+                    visible.spread(row, &mut weights[at]);
+                });
             }
             let values = kv.all_values(own, n_keys, g.value_dim);
             let mut outputs = vec![0.0; n * g.value_dim];
@@ -111,7 +115,7 @@ impl Buffers {
             let buffers = (&mut own.scratch, &mut own.mix);
             // SAFETY: the output is this thread's own.
             unsafe {
-                kv.mix(buffers, &rows(n, &padded, width), (0, n_keys), 0..g.value_dim, out);
+                kv.mix_runs(buffers, &rows(n, &padded, width), &runs, 0..g.value_dim, out);
             }
             for (t, output) in outputs.chunks_exact(g.value_dim).enumerate() {
                 // SAFETY: tasks have heads of their own.

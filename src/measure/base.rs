@@ -37,6 +37,16 @@ impl Windows {
         Ok(Windows { n_ctx, tokens: tokens.into() })
     }
 
+    /// Tokens of each window that are a prompt: its first half.
+    pub fn n_prompt(&self) -> usize {
+        scored(self.n_ctx).start
+    }
+
+    /// Context that a window takes when its prompt is read `n_copies` times.
+    pub fn n_positions(&self, n_copies: usize) -> usize {
+        self.n_ctx + (n_copies - 1) * self.n_prompt()
+    }
+
     /// Number of windows.
     pub fn len(&self) -> usize {
         self.tokens.len() / self.n_ctx
@@ -83,7 +93,9 @@ impl Windows {
     pub fn read<'s>(&self, i: usize, session: &'s mut Session) -> Result<&'s [f32]> {
         let input = self.input(i, &session.model().tokenizer);
         session.rewind(0);
-        session.feed_wanting(&input, scored(self.n_ctx))
+        let (prompt, rest) = input.split_at(self.n_prompt());
+        session.feed_prompt(prompt)?;
+        session.feed_wanting(rest, 0..rest.len())
     }
 }
 

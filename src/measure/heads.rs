@@ -184,7 +184,9 @@ pub fn observe(
     let collector = Collector::new(&model);
     for (i, window) in windows.inputs(&model.tokenizer).take(n).enumerate() {
         session.rewind(0);
-        session.feed_observed(&window, 0..0, &collector)?;
+        let (prompt, rest) = window.split_at(windows.n_prompt());
+        session.feed_prompt_observed(prompt, &collector)?;
+        session.feed_observed(rest, 0..0, &collector)?;
         progress(i + 1);
     }
     let mut stats = Vec::new();

@@ -46,9 +46,9 @@ impl Test {
         parts.join("+") + &depth
     }
 
-    /// Tokens that need to fit.
-    pub fn n_ctx(&self) -> usize {
-        self.n_depth + self.n_prompt + self.n_gen
+    /// Tokens that need to fit when a prompt is read `n_copies` times.
+    pub fn n_ctx(&self, n_copies: usize) -> usize {
+        self.n_depth + n_copies * self.n_prompt + self.n_gen
     }
 }
 
@@ -108,13 +108,10 @@ pub fn measure(
     if test.n_prompt + test.n_gen == 0 {
         bad_usage!("nothing to measure: a test needs a prompt or tokens to generate");
     }
-    if test.n_ctx() > session.n_ctx() {
-        bad_usage!(
-            "{} needs {} tokens; the context holds {}",
-            test.name(),
-            test.n_ctx(),
-            session.n_ctx()
-        );
+    let n_copies = session.model().plan.n_copies();
+    let n_ctx = test.n_ctx(n_copies);
+    if n_ctx > session.n_ctx() {
+        bad_usage!("{} needs {n_ctx} tokens; the context holds {}", test.name(), session.n_ctx());
     }
     let n_vocab = session.model().hparams.n_vocab as u64;
     let mut state = 1u64;
@@ -131,14 +128,14 @@ pub fn measure(
         totals: Vec::new(),
         first: Vec::new(),
         steps: Vec::new(),
-        bytes_per_token: session.bytes_per_token(test.n_depth + test.n_prompt + test.n_gen / 2),
+        bytes_per_token: session.bytes_per_token(n_ctx - test.n_gen.div_ceil(2)),
         ops_per_token: 2.0 * session.n_products() as f64,
     };
     for rep in 0..=n_reps {
         session.rewind(test.n_depth);
         let (prompt, gen_tokens) = (tokens(test.n_prompt), tokens(test.n_gen));
         let start = Instant::now();
-        session.feed(&prompt)?;
+        session.feed_prompt(&prompt)?;
         let first = start.elapsed().as_secs_f64();
         let mut steps = Vec::with_capacity(test.n_gen);
         // The first round warms up, and is over once it has run everything once.

@@ -2,7 +2,7 @@
 //!
 //! The text is cut into windows of `n_ctx` tokens. The first token of each is replaced by BOS where
 //! the model uses one, and the second half of each is scored: positions `n_ctx / 2 .. n_ctx - 1`
-//! predict the token after them.
+//! predict the token after them. To masks, the first half is a prompt, and the scored half is not.
 
 use super::base::{encode, header};
 use crate::error::Result;

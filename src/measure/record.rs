@@ -8,7 +8,7 @@ use crate::cpu::{Observer, Seen};
 use crate::error::Result;
 use crate::session::Session;
 
-/// What the heads of one layer did with a sequence of `n` tokens.
+/// What the heads of one layer did with a sequence of `n` tokens, all copies of the prompt.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Record {
     /// Layer, from 0.
@@ -60,7 +60,7 @@ impl Observer for Recorder {
     }
 }
 
-/// Reads a sequence from the beginning, and records the heads of some layers.
+/// Reads a sequence from the beginning as a prompt, and records the heads of some layers.
 pub fn record(session: &mut Session, tokens: &[u32], layers: Range<usize>) -> Result<Vec<Record>> {
     let model = session.model().clone();
     let n_layer = model.layers.len();
@@ -71,9 +71,10 @@ pub fn record(session: &mut Session, tokens: &[u32], layers: Range<usize>) -> Re
         let n_head = model.attention[i].geometry.n_head;
         (0..n_head).map(|_| Mutex::default()).collect()
     });
-    let recorder = Recorder { layers: layers.clone(), heads: heads.collect(), n: tokens.len() };
     session.rewind(0);
-    session.feed_observed(tokens, 0..0, &recorder)?;
+    let n = session.n_positions(tokens, &[]);
+    let recorder = Recorder { layers: layers.clone(), heads: heads.collect(), n };
+    session.feed_prompt_observed(tokens, &recorder)?;
     let take = |head: Mutex<HeadRecord>| head.into_inner().unwrap_or_default();
     let records = layers
         .zip(recorder.heads)

@@ -1,4 +1,9 @@
 //! A conversation: messages in, a streamed reply out, the oldest turns leave when space runs out.
+//!
+//! To masks that treat prompts differently, a turn's prompt is what must be read for it: from where
+//! the conversation, as the template writes it, differs from what was read before, up to the reply.
+//! So a turn sees those before it, and its own; what is read again after turns have left, or after
+//! another conversation was loaded, is one prompt.
 
 use serde_json::{Value, json};
 
@@ -168,17 +173,15 @@ impl Chat {
     ) -> Result<Reply> {
         let model = self.session.model().clone();
         let left_out = self.n_left_out;
-        let mut timeline = self.fitted(MIN_REPLY.min(self.session.n_ctx() / 4), 0)?;
-        let n_prompt = timeline.len();
-        self.restart_sampler(&timeline)?;
+        let mut prompt = self.fitted(MIN_REPLY.min(self.session.n_ctx() / 4), 0)?;
+        let n_prompt = prompt.len();
+        self.restart_sampler(&prompt)?;
         let mut decoder = StreamDecoder::default();
         let mut reply: Vec<u32> = Vec::new();
         let end = loop {
-            let total = timeline.len();
-            if !self
-                .session
-                .become_tokens(&timeline, &mut |done| on(Event::Prompt { done, total }))?
-            {
+            let total = self.session.n_positions(&prompt, &reply);
+            let mut go_on = |done| on(Event::Prompt { done, total });
+            if !self.session.become_tokens(&prompt, &reply, &mut go_on)? {
                 break End::Stopped;
             }
             let end = self.sample(&model.tokenizer, &mut reply, max_tokens, &mut |bytes| {
@@ -190,8 +193,7 @@ impl Chat {
                 break end;
             }
             // The reply goes on from a shorter prompt.
-            timeline = self.fitted(MIN_REPLY.min(self.session.n_ctx() / 4), reply.len())?;
-            timeline.extend_from_slice(&reply);
+            prompt = self.fitted(MIN_REPLY.min(self.session.n_ctx() / 4), reply.len())?;
         };
         let rest = decoder.finish();
         content.push_str(&rest);
@@ -241,13 +243,13 @@ impl Chat {
     fn fitted(&mut self, n_free: usize, n_reply: usize) -> Result<Vec<u32>> {
         loop {
             let tokens = self.prompt(self.n_left_out)?;
-            if tokens.len() + n_free + n_reply <= self.session.n_ctx() {
+            let n = self.session.n_positions(&tokens, &[]);
+            if n + n_free + n_reply <= self.session.n_ctx() {
                 return Ok(tokens);
             }
             if !self.drop_turn() {
                 bad_usage!(
-                    "the message has {} tokens with its frame; the context holds {}, less {n_free} for the reply",
-                    tokens.len(),
+                    "the message takes {n} tokens with its frame; the context holds {}, less {n_free} for the reply",
                     self.session.n_ctx()
                 );
             }

@@ -3,6 +3,7 @@
 pub mod chat;
 pub mod sampler;
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -48,14 +49,28 @@ impl Default for Options {
 }
 
 /// A sequence of tokens that a model has read.
+///
+/// Some masks treat prompts differently ([`crate::mask`]), and what is a prompt is said, not guessed:
+/// [`Session::feed_prompt`] and [`Session::become_tokens`] read prompts, [`Session::feed`] reads tokens
+/// that see nothing after them.
 pub struct Session {
     model: Arc<Model>,
     engine: Engine,
     cache: KvCache,
     tokens: Vec<u32>,
+    /// Prompts that are kept or forgotten as a whole, first to last.
+    prompts: Vec<Prompt>,
     logits: Vec<f32>,
     /// Things worth telling that do not prevent use.
     pub warnings: Vec<String>,
+}
+
+/// A prompt whose tokens have seen later ones, or that was read more than once.
+struct Prompt {
+    /// Its positions, those of all copies.
+    positions: Range<usize>,
+    /// Tokens of the first copy.
+    n: usize,
 }
 
 impl Session {
@@ -77,7 +92,8 @@ impl Session {
         let geometry = model.attention.iter().map(|a| a.geometry);
         let cache = KvCache::new(geometry, n_ctx, options.cache)?;
         let engine = Engine::new(&model, options.n_threads, options.pin, options.exact)?;
-        Ok(Session { model, engine, cache, tokens: Vec::new(), logits: Vec::new(), warnings })
+        let (tokens, prompts, logits) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Session { model, engine, cache, tokens, prompts, logits, warnings })
     }
 
     /// The model.
@@ -110,10 +126,13 @@ impl Session {
         self.cache.n_bytes()
     }
 
-    /// Bytes that a token at `position` reads: weights, keys and values.
+    /// Bytes that a token at `position` reads: weights, and the keys and values that it sees.
     pub fn bytes_per_token(&self, position: usize) -> f64 {
-        let cached = self.cache.n_bytes() as f64 / self.n_ctx() as f64;
-        self.engine.weight_bytes() as f64 + cached * position as f64
+        let cached = self.model.attention.iter().enumerate().map(|(i, attention)| {
+            let n = attention.visible(position, &(0..0)).len();
+            self.cache.layer_bytes(i) as f64 / self.n_ctx() as f64 * n as f64
+        });
+        self.engine.weight_bytes() as f64 + cached.sum::<f64>()
     }
 
     /// Products of weights and activations that a token needs.
@@ -157,7 +176,7 @@ impl Session {
         Ok(())
     }
 
-    /// The tokens read so far.
+    /// The tokens read so far, all copies of prompts among them: one for each position.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
@@ -196,20 +215,88 @@ impl Session {
         wanted: Range<usize>,
         observer: Option<&dyn Observer>,
     ) -> Result<&[f32]> {
-        self.check_tokens(tokens)?;
-        let n_past = self.tokens.len();
-        self.check_room(n_past + tokens.len())?;
+        self.check(tokens, tokens.len())?;
+        self.read(tokens, &(0..0), wanted, observer);
+        Ok(&self.logits)
+    }
+
+    /// Reads a prompt, as often as the mask says. Tokens that see later ones are computed together,
+    /// which takes memory for all of them at once.
+    pub fn feed_prompt(&mut self, tokens: &[u32]) -> Result<()> {
+        self.feed_prompt_with(tokens, usize::MAX, None, &mut |_| true).map(|_| ())
+    }
+
+    /// The same, while `observer` looks into attention.
+    pub fn feed_prompt_observed(&mut self, tokens: &[u32], observer: &dyn Observer) -> Result<()> {
+        self.feed_prompt_with(tokens, usize::MAX, Some(observer), &mut |_| true).map(|_| ())
+    }
+
+    /// The same in steps of about `n_step` tokens, after each of which `go_on` is asked, with the
+    /// length of the timeline. False if it said no.
+    fn feed_prompt_with(
+        &mut self,
+        tokens: &[u32],
+        n_step: usize,
+        observer: Option<&dyn Observer>,
+        go_on: &mut dyn FnMut(usize) -> bool,
+    ) -> Result<bool> {
+        let all = self.copies(tokens);
+        self.check(tokens, all.len())?;
+        let start = self.tokens.len();
+        let prompt = start..start + all.len();
+        if all.len() > tokens.len() || self.model.looks_ahead(&prompt) {
+            self.prompts.push(Prompt { positions: prompt.clone(), n: tokens.len() });
+        }
+        let mut at = start;
+        while at < prompt.end {
+            let end = prompt.end.min(at.saturating_add(n_step));
+            let end = self.model.together(at..end, &prompt);
+            let wanted = end - at - usize::from(end == prompt.end)..end - at;
+            self.read(&all[at - start..end - start], &prompt, wanted, observer);
+            at = end;
+            if !go_on(at) {
+                // A prompt that was not read to its end is none.
+                self.rewind(at);
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// A prompt as often as it is read; a BOS that it begins with stays the only one.
+    fn copies<'a>(&self, tokens: &'a [u32]) -> Cow<'a, [u32]> {
+        let n_copies = self.model.plan.n_copies();
+        if n_copies == 1 {
+            return Cow::Borrowed(tokens);
+        }
+        let bos = self.model.tokenizer.bos();
+        let again = &tokens[usize::from(bos.is_some() && tokens.first() == bos.as_ref())..];
+        Cow::Owned([tokens, &again.repeat(n_copies - 1)].concat())
+    }
+
+    fn read(
+        &mut self,
+        tokens: &[u32],
+        prompt: &Range<usize>,
+        wanted: Range<usize>,
+        observer: Option<&dyn Observer>,
+    ) {
         self.logits.clear();
         self.engine.forward(
             &self.model,
             &mut self.cache,
-            (tokens, n_past),
+            (tokens, self.tokens.len(), prompt),
             wanted,
             observer,
             &mut self.logits,
         );
         self.tokens.extend_from_slice(tokens);
-        Ok(&self.logits)
+    }
+
+    /// Refuses tokens that are none, and `n` more that do not fit.
+    fn check(&self, tokens: &[u32], n: usize) -> Result<()> {
+        self.check_tokens(tokens)?;
+        self.check_room(self.tokens.len() + n)
     }
 
     /// Refuses a timeline of `n` tokens that does not fit the context.
@@ -221,28 +308,66 @@ impl Session {
         Ok(())
     }
 
-    /// Forgets everything after the first `n` tokens; the logits are gone until the next feed.
+    /// Forgets everything after the first `n` tokens, and of a prompt whose tokens have seen each
+    /// other everything if it is cut. The logits are gone until the next feed.
     pub fn rewind(&mut self, n: usize) {
+        let cut = self.prompts.iter().find(|p| p.positions.end > n);
+        let n = cut.map_or(n, |p| p.positions.start.min(n));
+        self.prompts.retain(|p| p.positions.end <= n);
         self.tokens.truncate(n);
         self.logits.clear();
     }
 
-    /// Makes `tokens` the timeline, keeping what it shares with the present one, in steps after
-    /// each of which `go_on` is asked, with the tokens fed so far. False if it said no.
+    /// What of a prompt and a reply need not be read again: its number of tokens, and of positions.
+    /// At least one token is left to read.
+    fn shared(&self, prompt: &[u32], reply: &[u32]) -> (usize, usize) {
+        let tokens = [prompt, reply].concat();
+        let rest = &tokens[..tokens.len().saturating_sub(1)];
+        let equal = |at: usize, from: usize, most: usize| {
+            let pairs = self.tokens[at..].iter().zip(&rest[from..]).take(most);
+            pairs.take_while(|(a, b)| a == b).count()
+        };
+        let (mut n, mut position) = (0, 0);
+        for Prompt { positions, n: n_given } in &self.prompts {
+            let before = equal(position, n, positions.start - position);
+            (n, position) = (n + before, position + before);
+            let is_whole = position == positions.start && n + n_given <= prompt.len();
+            if !is_whole || equal(position, n, *n_given) < *n_given {
+                return (n, position);
+            }
+            (n, position) = (n + n_given, positions.end);
+        }
+        let after = equal(position, n, usize::MAX);
+        (n + after, position + after)
+    }
+
+    /// Length of the timeline that [`Session::become_tokens`] makes of these.
+    pub fn n_positions(&self, prompt: &[u32], reply: &[u32]) -> usize {
+        let (n, position) = self.shared(prompt, reply);
+        let new = &prompt[n.min(prompt.len())..];
+        position + self.copies(new).len() + prompt.len() + reply.len() - n - new.len()
+    }
+
+    /// Makes a prompt and what was generated after it the timeline, keeping what it shares with the
+    /// present one: what is new of the prompt is read as a prompt of its own, whatever was a prompt,
+    /// or generated, before. `go_on` is asked after each step, with the length of the timeline. False
+    /// if it said no.
     pub fn become_tokens(
         &mut self,
-        tokens: &[u32],
+        prompt: &[u32],
+        reply: &[u32],
         go_on: &mut dyn FnMut(usize) -> bool,
     ) -> Result<bool> {
-        self.check_room(tokens.len())?;
-        let shared = self.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
-        // At least one token must be read again for its logits.
-        self.rewind(shared.min(tokens.len().saturating_sub(1)));
-        while self.tokens.len() < tokens.len() {
-            let n_past = self.tokens.len();
-            let end = tokens.len().min(n_past + N_STEP);
-            self.feed(&tokens[n_past..end])?;
-            if !go_on(end) {
+        self.check_room(self.n_positions(prompt, reply))?;
+        let (n, position) = self.shared(prompt, reply);
+        self.rewind(position);
+        let new = &prompt[n.min(prompt.len())..];
+        if !self.feed_prompt_with(new, N_STEP, None, go_on)? {
+            return Ok(false);
+        }
+        for step in reply[n.saturating_sub(prompt.len())..].chunks(N_STEP) {
+            self.feed(step)?;
+            if !go_on(self.tokens.len()) {
                 return Ok(false);
             }
         }
