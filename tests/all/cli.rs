@@ -214,6 +214,55 @@ fn normalizers_are_swapped_by_layer_and_head() {
 }
 
 #[test]
+fn masks_are_chosen_by_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("text");
+    let text = "It was the best of times, it was the worst of times, said the old man. ".repeat(20);
+    std::fs::write(&path, text).unwrap();
+    let eval = |mask: &str| -> serde_json::Value {
+        let args = ["eval", "-f", path.to_str().unwrap(), "-c", "128", "--json", "--mask", mask];
+        serde_json::from_str(&ok(&args, "")).unwrap()
+    };
+    let ppl = |value: &serde_json::Value| value["ppl"].as_f64().unwrap();
+    let causal = ppl(&eval("causal"));
+    assert_eq!(causal, ppl(&eval("prefix;window;*=causal")));
+    assert_eq!(causal, ppl(&eval("window:n=128")));
+    let part = eval("0-1=window:n=8;5=sinks-window:n=16");
+    assert_eq!(part["mask"], "window:n=8+causal+sinks-window:n=16");
+    assert!(ppl(&part) != causal && ppl(&eval("window:n=2")) > 1.5 * causal, "{causal} {part}");
+    // The text is always the same, so a first half that is read again, or ahead, shows.
+    assert!(ppl(&eval("repeat")) != causal && ppl(&eval("prefix")) != causal);
+
+    let generate = |mask: &str| {
+        let args = ["generate", "-p", "The old man", "-n", "12", "--temp", "0", "--mask", mask];
+        ok(&args, "")
+    };
+    assert_eq!(generate("causal"), generate("sink-prefix:sinks=100"));
+    assert!(generate("repeat").starts_with("The old man") && generate("blocks:n=2").len() > 11);
+    let chat = ["chat", "-n", "20", "--seed", "2", "--mask", "prefix"];
+    let script = "Write about rain, harbour and lantern.\n/regen\nAnd now?\n";
+    let replies = ok(&chat, script);
+    assert_eq!(replies, ok(&chat, script), "same seed, same text");
+    let bench = ok(&["bench", "-p", "24", "-n", "4", "-r", "1", "--json", "--mask", "repeat"], "");
+    let rows: serde_json::Value = serde_json::from_str(&bench).unwrap();
+    assert_eq!((&rows[0]["mask"], &rows[0]["n_prompt"]), (&"repeat".into(), &24.into()));
+
+    for (mask, expected) in [
+        ("windw", "mask \"windw\" is not known; known: causal; prefix; "),
+        ("window:n=0", "mask window: n = 0; allowed whole numbers 1 to "),
+        ("3.1=window", "mask window: heads \"1\"; all heads of a layer have one mask"),
+        ("3=repeat", "mask repeat is how a prompt is read, for all layers or none; layer 0 has"),
+    ] {
+        let line = error(&["generate", "-p", "x", "--mask", mask], 2);
+        assert!(line.contains(expected) && line.trim_end().lines().count() == 1, "{line}");
+    }
+    let list = ok(&["masks"], "");
+    assert!(list.contains("sinks-window\n") && list.contains("n (default 256, whole"), "{list}");
+    let json: serde_json::Value = serde_json::from_str(&ok(&["masks", "--json"], "")).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), qkov::mask::MASKS.len());
+}
+
+#[test]
 fn a_saved_base_is_this_model() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();

@@ -12,6 +12,7 @@ mod calibrate;
 mod cli;
 mod golden;
 mod layers;
+mod masks;
 mod mutations;
 mod normalizers;
 mod observe;
