@@ -20,17 +20,19 @@ pub(super) struct Runs(pub(super) [Run; 2]);
 impl Runs {
     /// By queries with these keys.
     pub(super) fn by(queries: impl Iterator<Item = Visible>) -> Runs {
-        let mut hulls = [usize::MAX..0, usize::MAX..0];
+        let mut hulls = [0..0, 0..0];
         for visible in queries {
             for (hull, range) in hulls.iter_mut().zip(visible.ranges()) {
-                if !range.is_empty() {
-                    *hull = hull.start.min(range.start)..hull.end.max(range.end);
-                }
+                *hull = match (hull.len(), range.len()) {
+                    (0, _) => range.clone(),
+                    (_, 0) => continue,
+                    _ => hull.start.min(range.start)..hull.end.max(range.end),
+                };
             }
         }
         let mut column = 0;
         let runs = hulls.map(|hull| {
-            let start = hull.start.min(hull.end) / LANES * LANES;
+            let start = hull.start / LANES * LANES;
             let run = Run { start, n: hull.end - start, column };
             column += run.n.next_multiple_of(LANES);
             run

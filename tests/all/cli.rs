@@ -229,7 +229,7 @@ fn masks_are_chosen_by_layer() {
     assert_eq!(causal, ppl(&eval("window:n=128")));
     let part = eval("0-1=window:n=8;5=sinks-window:n=16");
     assert_eq!(part["mask"], "window:n=8+causal+sinks-window:n=16");
-    assert!(ppl(&part) != causal && ppl(&eval("window:n=2")) > 1.5 * causal, "{causal} {part}");
+    assert!(ppl(&part) != causal && ppl(&eval("window:n=1")) > 2.0 * causal, "{causal} {part}");
     // The text is always the same, so a first half that is read again, or ahead, shows.
     assert!(ppl(&eval("repeat")) != causal && ppl(&eval("prefix")) != causal);
 
