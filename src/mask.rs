@@ -161,8 +161,8 @@ impl Choice {
     /// Reads `NAME[:key=value,..]`.
     pub fn parse(text: &str) -> Result<Choice> {
         let (name, rest) = param::split(text);
-        let kind = find(name)?;
-        let values = param::read(&format!("mask {name}"), kind.params.iter(), rest)?;
+        let Choice { kind, values, .. } = Choice::of(find(name)?);
+        let values = param::read(&format!("mask {name}"), kind.params.iter(), values, rest)?;
         Ok(Choice::with(kind, values))
     }
 

@@ -43,14 +43,14 @@ pub fn split(text: &str) -> (&str, &str) {
     (name.trim(), rest)
 }
 
-/// Values of `params`, in their order, from `key=value,..` over the defaults. `owner` is named in
-/// errors.
+/// Values of `params`, in their order: those given, with what `key=value,..` says over them. `owner` is
+/// named in errors.
 pub fn read<'a>(
     owner: &str,
     params: impl Iterator<Item = &'a Param> + Clone,
+    mut values: Vec<f32>,
     text: &str,
 ) -> Result<Vec<f32>> {
-    let mut values: Vec<f32> = params.clone().map(|p| p.default).collect();
     for pair in text.split(',').map(str::trim).filter(|p| !p.is_empty()) {
         let Some((key, value)) = pair.split_once('=').map(|(k, v)| (k.trim(), v.trim())) else {
             bad_usage!("{owner}: \"{pair}\" is not key=value");

@@ -54,7 +54,8 @@ impl Run for Patterns {
             bad_usage!("the text is empty");
         }
         let geometry = model.attention[layers.start].geometry;
-        let mut session = self.run.session(model, Some(tokens.len()))?;
+        let n_ctx = tokens.len() * model.plan.n_copies();
+        let mut session = self.run.session(model, Some(n_ctx))?;
         let records = record(&mut session, &tokens, layers)?;
         let arrays = arrays(&records, geometry.n_head / geometry.n_head_kv);
         let bytes = write(&arrays)?;

@@ -200,18 +200,20 @@ impl Choice {
     /// Reads `NAME[:key=value,..]`.
     pub fn parse(text: &str) -> Result<Choice> {
         let (name, rest) = param::split(text);
-        let kind = find(name)?;
-        let params = kind.params.iter().chain(COMMON);
-        Ok(Choice::with(kind, param::read(&format!("normalizer {name}"), params, rest)?))
+        Choice::of(find(name)?).changed(rest)
+    }
+
+    /// The same with other values, those that `key=value,..` says.
+    fn changed(&self, text: &str) -> Result<Choice> {
+        let params = self.kind.params.iter().chain(COMMON);
+        let owner = format!("normalizer {}", self.kind.name);
+        Ok(Choice::with(self.kind, param::read(&owner, params, self.values.clone(), text)?))
     }
 
     /// The same with other values of some parameters.
     pub fn with_values(&self, values: &[(&str, f32)]) -> Result<Choice> {
-        let mut choice = self.clone();
-        for (name, value) in values {
-            choice.set(name, &value.to_string())?;
-        }
-        Ok(Choice::with(self.kind, choice.values))
+        let pairs = values.iter().map(|(name, value)| format!("{name}={value}"));
+        self.changed(&pairs.collect::<Vec<_>>().join(","))
     }
 
     /// The value of a parameter, if there is one of this name.
