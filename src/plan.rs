@@ -99,6 +99,15 @@ impl Plan {
         Ok(())
     }
 
+    /// This plan with the masks of another one for the same model.
+    pub fn with_masks_of(&self, other: &Plan) -> Plan {
+        let mut plan = self.clone();
+        for (layer, other) in plan.layers.iter_mut().zip(&other.layers) {
+            layer.mask = other.mask.clone();
+        }
+        plan
+    }
+
     /// How often a prompt is read.
     pub fn n_copies(&self) -> usize {
         self.layers.first().map_or(1, |l| l.mask.kind().copies)

@@ -114,10 +114,11 @@ impl Run for Calibrate {
             let frontier = self.search(&mut session, &texts, &mut base, &wanted)?;
             let step = frontier.within(budget);
             print(frontier_table(&frontier, budget).as_bytes())?;
-            wanted = frontier.plan(step.map_or(0, |s| s.n), &wanted, &trained);
+            wanted =
+                frontier.plan(step.map_or(0, |s| s.n), &wanted, &trained).with_masks_of(&wanted);
         }
         let fits = self.fit(&mut session, &texts, &wanted, &hash)?;
-        let mut plan = trained.clone();
+        let mut plan = trained.with_masks_of(&wanted);
         apply(&mut plan, &fits);
         let file = PlanFile::of(&plan, &trained, &hash).text()?;
         replace_file(&self.out, |out| out(file.as_bytes()))?;

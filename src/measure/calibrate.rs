@@ -344,7 +344,7 @@ impl Problem<'_> {
 }
 
 /// Fits the normalizers of `wanted` that are not those the session's model was trained with, on
-/// sequences of tokens. `swap`: each layer is swapped before the next one is fitted, and the session is
+/// sequences of tokens, under the masks of `wanted`. `swap`: each layer is swapped before the next one is fitted, and the session is
 /// left with the fitted plan; otherwise every layer is fitted on the inputs that it was trained with.
 /// `done` gets what was fitted in a layer, and the plan so far; layers for which `known` has fits
 /// already take these.
@@ -364,7 +364,7 @@ pub fn calibrate(
     let sampler = Sampler::new(wanted, &trained, n_tokens.div_ceil(settings.rows.max(1)));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(settings.n_threads).build();
     let pool = pool.map_err(|e| Error::Runtime(format!("cannot start threads: {e}")))?;
-    session.set_plan(trained.clone())?;
+    session.set_plan(trained.with_masks_of(wanted))?;
     let mut fits = Vec::new();
     session.layer_by_layer(sequences, &sampler, &mut |model, layer| {
         let here: Vec<Fitted> = match known.iter().any(|f| f.layer == layer) {

@@ -24,6 +24,9 @@ pub struct PlanFile {
     pub model: Option<String>,
     /// Normalizers, as [`Plan::set_normalizers`] reads them, later ones over earlier ones.
     pub norm: Vec<String>,
+    /// Masks, as [`Plan::set_masks`] reads them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mask: Vec<String>,
     /// By `LAYER.HEAD`, what is added to the head's output. `[value_dim]`
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     means: BTreeMap<String, Vec<f64>>,
@@ -44,8 +47,11 @@ impl PlanFile {
 
     /// What `plan` says about a model of this hash, and differs from `trained`.
     pub fn of(plan: &Plan, trained: &Plan, model: &str) -> PlanFile {
-        let (mut norm, mut means) = (Vec::new(), BTreeMap::new());
+        let (mut norm, mut mask, mut means) = (Vec::new(), Vec::new(), BTreeMap::new());
         for (i, (layer, trained)) in plan.layers.iter().zip(&trained.layers).enumerate() {
+            if layer.mask.text() != trained.mask.text() {
+                mask.push(format!("{i}={}", layer.mask.text()));
+            }
             for (h, choice) in layer.normalizers.iter().enumerate() {
                 if choice.text() != trained.normalizers[h].text() {
                     norm.push(format!("{i}.{h}={}", choice.text()));
@@ -55,7 +61,7 @@ impl PlanFile {
                 }
             }
         }
-        PlanFile { format: FORMAT, model: Some(model.into()), norm, means }
+        PlanFile { format: FORMAT, model: Some(model.into()), norm, mask, means }
     }
 
     /// The file's text.
@@ -73,6 +79,8 @@ impl PlanFile {
         for text in &self.norm {
             plan.set_normalizers(text)?;
         }
+        // Together, because some are for all layers or none.
+        plan.set_masks(&self.mask.join(";"))?;
         for (at, mean) in &self.means {
             let place = at.split_once('.').and_then(|(layer, head)| {
                 let layer = plan.layers.get_mut(layer.parse::<usize>().ok()?)?;

@@ -56,7 +56,7 @@ fn what_is_equal_but_for_its_parameters_is_found() {
         );
         for fit in fits.unwrap() {
             assert!(
-                fit.err < 0.02 && fit.err <= fit.raw_err + 1e-3,
+                fit.err < 0.03 && fit.err <= fit.raw_err + 1e-3,
                 "{wanted} {} {}",
                 fit.raw_err,
                 fit.err
@@ -64,7 +64,7 @@ fn what_is_equal_but_for_its_parameters_is_found() {
         }
         // As the engine computes it, over all rows.
         let error = error(&mut session, &windows);
-        assert!(error < 0.03, "{wanted}: {error}");
+        assert!(error < 0.04, "{wanted}: {error}");
     }
 }
 
@@ -72,6 +72,7 @@ fn what_is_equal_but_for_its_parameters_is_found() {
 fn a_plan_file_says_all_and_fits_one_model() {
     let mut model = shipped();
     model.set_normalizers("*=softmax;1-2=sigmoid;4.1=relu2:sinks=2").unwrap();
+    model.set_masks("3=window:n=20").unwrap();
     let (wanted, windows) = (model.plan.clone(), windows(&model));
     let sequences: Vec<_> = windows.inputs(&model.tokenizer).collect();
     let (trained, hash) = (model.trained.clone(), model.gguf.hash());
@@ -84,8 +85,9 @@ fn a_plan_file_says_all_and_fits_one_model() {
     let fits =
         calibrate(&mut first, &sequences, &wanted, (SETTINGS, true), &[], &mut done).unwrap();
     assert_eq!((n_layers, fits.len()), (6, 9));
-    let mut plan = trained.clone();
+    let mut plan = trained.with_masks_of(&wanted);
     apply(&mut plan, &fits);
+    first.set_plan(plan.clone()).unwrap();
     let text = PlanFile::of(&plan, &trained, &hash).text().unwrap();
     let mut model = shipped();
     model.apply(&PlanFile::parse(&text).unwrap()).unwrap();
@@ -125,6 +127,7 @@ fn plans_that_do_not_fit_are_refused() {
         ("format = 1\nnorm = [\"x\"]\n", "normalizer \"x\" is not known"),
         ("format = 1\nnorm = []\nmeans = { \"8.0\" = [1.0] }\n", "head \"8.0\""),
         ("format = 1\nnorm = []\nmeans = { \"0.0\" = [1.0] }\n", "has 1 numbers; allowed 64"),
+        ("format = 1\nnorm = []\nmask = [\"0=repeat\"]\n", "for all layers or none"),
         ("format = 1\nnorm = [\n", "line 2"),
         ("format = 1\nnorm = []\nnorms = []\n", "unknown field"),
         ("norm = []\n", "missing field `format`"),
