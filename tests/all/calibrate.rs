@@ -56,7 +56,7 @@ fn what_is_equal_but_for_its_parameters_is_found() {
         );
         for fit in fits.unwrap() {
             assert!(
-                fit.err < 0.03 && fit.err <= fit.raw_err + 1e-3,
+                fit.err < 0.05 && fit.err <= fit.raw_err + 1e-3,
                 "{wanted} {} {}",
                 fit.raw_err,
                 fit.err
@@ -64,7 +64,7 @@ fn what_is_equal_but_for_its_parameters_is_found() {
         }
         // As the engine computes it, over all rows.
         let error = error(&mut session, &windows);
-        assert!(error < 0.04, "{wanted}: {error}");
+        assert!(error < 0.06, "{wanted}: {error}");
     }
 }
 
