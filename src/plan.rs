@@ -114,26 +114,35 @@ impl Plan {
     }
 
     /// What is in use, each once, as reports carry it: normalizers, forms, masks, with their
-    /// parameters.
+    /// parameters; of more than a few normalizers, only the kinds.
     pub fn names(&self) -> [String; 3] {
-        let once = |names: &mut dyn Iterator<Item = String>| {
-            let mut seen: Vec<String> = Vec::new();
-            for name in names {
-                if !seen.contains(&name) {
-                    seen.push(name);
-                }
-            }
-            seen.join("+")
-        };
         let layers = &self.layers;
-        [
-            once(
-                &mut layers.iter().flat_map(|l| l.normalizers.iter().map(normalizer::Choice::text)),
-            ),
-            once(&mut layers.iter().map(|l| l.form.name().to_string())),
-            once(&mut layers.iter().map(|l| l.mask.text())),
-        ]
+        let choices = || layers.iter().flat_map(|l| &l.normalizers);
+        let norms = once(choices().map(normalizer::Choice::text));
+        let norms = match norms.len() {
+            0..=MAX_NAMED => norms.join("+"),
+            n => {
+                let kinds = once(choices().map(|c| c.kind().name.to_string()));
+                format!("{} ({n} settings)", kinds.join("+"))
+            }
+        };
+        let forms = once(layers.iter().map(|l| l.form.name().to_string()));
+        [norms, forms.join("+"), once(layers.iter().map(|l| l.mask.text())).join("+")]
     }
+}
+
+/// Most normalizers that reports name with their parameters.
+const MAX_NAMED: usize = 4;
+
+/// Each of some names once, in their order.
+fn once(names: impl Iterator<Item = String>) -> Vec<String> {
+    let mut seen: Vec<String> = Vec::new();
+    for name in names {
+        if !seen.contains(&name) {
+            seen.push(name);
+        }
+    }
+    seen
 }
 
 /// What a text chooses for what: `CHOICE` for everything, or `SELECTOR=CHOICE` with `;` between them.

@@ -91,6 +91,7 @@ fn a_plan_file_says_all_and_fits_one_model() {
     let text = PlanFile::of(&plan, &trained, &hash).text().unwrap();
     let mut model = shipped();
     model.apply(&PlanFile::parse(&text).unwrap()).unwrap();
+    assert_eq!(model.plan.names()[0], "softmax+sigmoid+relu2 (10 settings)");
     let mut second = session(model);
     let logits = |s: &mut Session| s.feed_wanting(&sequences[0], 100..127).unwrap().to_vec();
     first.rewind(0);
