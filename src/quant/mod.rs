@@ -72,6 +72,9 @@ pub fn type_of(id: u32) -> Option<&'static Type> {
     TYPES.iter().find(|t| t.id == id)
 }
 
+/// What rounds whole blocks of numbers to bytes.
+type Encode = fn(&[f32], &mut [u8]);
+
 /// A type that can be computed with.
 pub struct Format {
     /// Its number, name and geometry.
@@ -80,6 +83,8 @@ pub struct Format {
     pub scales: Scales,
     /// Reads whole blocks, at any address.
     decode: fn(&[u8], &mut [f32]),
+    /// Writes whole blocks; only of formats that can be made.
+    encode: Option<Encode>,
 }
 
 /// The floating-point numbers of a block.
@@ -99,7 +104,7 @@ const fn format(name: &str, scales: Scales, decode: fn(&[u8], &mut [f32])) -> Fo
     while !same(TYPES[i].name.as_bytes(), name.as_bytes()) {
         i += 1;
     }
-    Format { ty: &TYPES[i], scales, decode }
+    Format { ty: &TYPES[i], scales, decode, encode: None }
 }
 
 const fn same(a: &[u8], b: &[u8]) -> bool {
@@ -115,16 +120,16 @@ pub static FORMATS: &[Format] = &[
     format("F32", Scales::None, float::f32),
     format("F16", Scales::None, float::f16),
     format("BF16", Scales::None, float::bf16),
-    format("Q4_0", Scales::Halves(&[0]), legacy::q4_0),
-    format("Q4_1", Scales::Halves(&[0, 2]), legacy::q4_1),
-    format("Q5_0", Scales::Halves(&[0]), legacy::q5_0),
-    format("Q5_1", Scales::Halves(&[0, 2]), legacy::q5_1),
-    format("Q8_0", Scales::Halves(&[0]), legacy::q8_0),
-    format("Q2_K", Scales::Halves(&[80, 82]), k::q2_k),
-    format("Q3_K", Scales::Halves(&[108]), k::q3_k),
-    format("Q4_K", Scales::Halves(&[0, 2]), k::q4_k),
-    format("Q5_K", Scales::Halves(&[0, 2]), k::q5_k),
-    format("Q6_K", Scales::Halves(&[208]), k::q6_k),
+    format("Q4_0", Scales::Halves(&[0]), legacy::q4_0).writable(legacy::to_q4_0),
+    format("Q4_1", Scales::Halves(&[0, 2]), legacy::q4_1).writable(legacy::to_q4_1),
+    format("Q5_0", Scales::Halves(&[0]), legacy::q5_0).writable(legacy::to_q5_0),
+    format("Q5_1", Scales::Halves(&[0, 2]), legacy::q5_1).writable(legacy::to_q5_1),
+    format("Q8_0", Scales::Halves(&[0]), legacy::q8_0).writable(legacy::to_q8_0),
+    format("Q2_K", Scales::Halves(&[80, 82]), k::q2_k).writable(k::to_q2_k),
+    format("Q3_K", Scales::Halves(&[108]), k::q3_k).writable(k::to_q3_k),
+    format("Q4_K", Scales::Halves(&[0, 2]), k::q4_k).writable(k::to_q4_k),
+    format("Q5_K", Scales::Halves(&[0, 2]), k::q5_k).writable(k::to_q5_k),
+    format("Q6_K", Scales::Halves(&[208]), k::q6_k).writable(k::to_q6_k),
     format("IQ4_NL", Scales::Halves(&[0]), iq4::iq4_nl),
     format("IQ4_XS", Scales::Halves(&[0]), iq4::iq4_xs),
     format("MXFP4", Scales::Exponent, mxfp4::mxfp4),
@@ -146,6 +151,10 @@ pub fn readable() -> String {
 }
 
 impl Format {
+    const fn writable(self, encode: Encode) -> Format {
+        Format { encode: Some(encode), ..self }
+    }
+
     /// Bytes of a row of `n` elements, which must be whole blocks.
     pub fn row_bytes(&self, n: usize) -> usize {
         n / self.ty.block_len * self.ty.block_bytes
@@ -154,6 +163,19 @@ impl Format {
     /// Reads a row. `out` is as long as the row.
     pub fn dequantize(&self, row: &[u8], out: &mut [f32]) {
         (self.decode)(row, out);
+    }
+
+    /// Whether [`Format::quantize`] can write it.
+    pub fn can_quantize(&self) -> bool {
+        self.encode.is_some()
+    }
+
+    /// Writes a row, which must be whole blocks. `out` has [`Format::row_bytes`] bytes, which stay as
+    /// they are where the format cannot be written.
+    pub fn quantize(&self, row: &[f32], out: &mut [u8]) {
+        if let Some(encode) = self.encode {
+            encode(row, out);
+        }
     }
 
     /// The dot product of a row with `x`, of the same length: exactly [`simd::dot`] of what
@@ -168,4 +190,9 @@ impl Format {
 /// A half-precision number of a block, as ggml stores its scales.
 fn half(bytes: &[u8], at: usize) -> f32 {
     half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+}
+
+/// Stores a half-precision number where [`half`] reads it.
+fn put_half(x: f32, out: &mut [u8]) {
+    out.copy_from_slice(&half::f16::from_f32(x).to_le_bytes());
 }

@@ -1,4 +1,4 @@
-//! Tensor formats against the independent reader in the PyPI package `gguf`: `tests/golden/quant.py`.
+//! Tensor formats against the PyPI package `gguf`: `tests/golden/quant.py`, `tests/golden/quantize.py`.
 
 use qkov::quant::{FORMATS, Format, format_of};
 use qkov::simd;
@@ -103,4 +103,64 @@ fn dot_is_the_sum_of_products() {
             assert_eq!(got.to_bits(), simd::dot(values, x).to_bits(), "{} of {n}", format.ty.name);
         }
     });
+}
+
+#[test]
+fn rounds_to_the_same_bits() {
+    let mut rest: &[u8] = include_bytes!("../golden/quantize.bin");
+    let mut take = |n: usize| {
+        let (head, tail) = rest.split_at(n);
+        rest = tail;
+        head
+    };
+    let number = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
+    let n = number(take(4)) as usize;
+    let floats = take(4 * n).chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+    let floats: Vec<f32> = floats.collect();
+    for format in FORMATS.iter().filter(|f| f.can_quantize() && !f.ty.name.ends_with("_K")) {
+        assert_eq!(number(take(4)), format.ty.id, "{} has no golden blocks", format.ty.name);
+        let n_bytes = number(take(4)) as usize;
+        let expected = take(n_bytes);
+        let mut out = vec![0; format.row_bytes(n)];
+        format.quantize(&floats, &mut out);
+        assert!(out == expected, "{}", format.ty.name);
+    }
+    assert!(rest.is_empty());
+}
+
+/// Mean square of what is lost of `x`, relative to its own.
+fn loss(format: &Format, x: &[f32]) -> f64 {
+    let mut bytes = vec![0; format.row_bytes(x.len())];
+    format.quantize(x, &mut bytes);
+    let mut read = vec![0.0; x.len()];
+    format.dequantize(&bytes, &mut read);
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let lost: f64 = x.iter().zip(&read).map(|(x, y)| square(x - y)).sum();
+    lost / x.iter().map(|x| square(*x)).sum::<f64>()
+}
+
+#[test]
+fn rounding_loses_what_the_bits_allow() {
+    // Sums of uniform numbers, as bell-shaped as weights are.
+    let mut state = 1u32;
+    let mut uniform = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+    };
+    let x: Vec<f32> =
+        (0..64 * 256).map(|_| (0..8).map(|_| uniform()).sum::<f32>() * 0.02).collect();
+    for format in FORMATS.iter().filter(|f| f.can_quantize()) {
+        // Of a bell curve that many levels lose about `c 4^-bits`; scales take some of the bits.
+        let bits = 8.0 * format.ty.block_bytes as f64 / format.ty.block_len as f64;
+        let lost = loss(format, &x) * 4f64.powf(bits);
+        assert!((0.5..8.0).contains(&lost), "{}: {lost}", format.ty.name);
+        // What is read back is a fixed point, nearly.
+        let mut bytes = vec![0; format.row_bytes(x.len())];
+        format.quantize(&x, &mut bytes);
+        let mut read = vec![0.0; x.len()];
+        format.dequantize(&bytes, &mut read);
+        let again = loss(format, &read);
+        assert!(again < 0.1 * loss(format, &x), "{}: {again}", format.ty.name);
+        assert_eq!(loss(format, &[&[0.0; 512][..], &x[..512]].concat()), loss(format, &x[..512]));
+    }
 }
