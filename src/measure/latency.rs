@@ -5,6 +5,7 @@ use std::time::Instant;
 use crate::bad_usage;
 use crate::cpu::Limits;
 use crate::error::Result;
+use crate::plan::Plan;
 use crate::session::Session;
 
 /// One thing to time, as llama-bench has them: `n_prompt` tokens read together, then `n_gen` tokens
@@ -154,4 +155,99 @@ pub fn measure(
     }
     latency.steps.sort_by(f64::total_cmp);
     Ok(latency)
+}
+
+/// Times of one turn of a [`Duel`], in seconds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Turn {
+    /// From a prompt to the logits after it.
+    pub first: f64,
+    /// Of each token that was read alone.
+    pub steps: Vec<f64>,
+}
+
+/// Two plans of one model timed in turns, so that what else the machine does falls on both.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Duel {
+    /// The base's turns and the other's, by round.
+    pub turns: Vec<[Turn; 2]>,
+    n_prompt: usize,
+}
+
+/// Speeds of all rounds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pace {
+    /// Tokens per second of the other plan.
+    pub rates: Vec<f64>,
+    /// The same, over the base's in the same round.
+    pub ratios: Vec<f64>,
+}
+
+/// Reads `prompt` together, then `rest` one by one.
+fn turn(session: &mut Session, prompt: &[u32], rest: &[u32]) -> Result<Turn> {
+    session.rewind(0);
+    let start = Instant::now();
+    session.feed_prompt(prompt)?;
+    let first = start.elapsed().as_secs_f64();
+    let mut steps = Vec::with_capacity(rest.len());
+    for token in rest {
+        let start = Instant::now();
+        session.feed(std::slice::from_ref(token))?;
+        steps.push(start.elapsed().as_secs_f64());
+    }
+    Ok(Turn { first, steps })
+}
+
+/// Times plans of the session's model in turns, of which the first changes from round to round. The
+/// second is warmed up; the first should have been.
+pub fn duel(
+    session: &mut Session,
+    plans: [&Plan; 2],
+    (prompt, rest): (&[u32], &[u32]),
+    n_rounds: usize,
+) -> Result<Duel> {
+    let mut one = |plan: &Plan, rest: &[u32]| {
+        session.set_plan(plan.clone())?;
+        turn(session, prompt, rest)
+    };
+    one(plans[1], &rest[..rest.len().min(2)])?;
+    let mut turns = Vec::new();
+    for round in 0..n_rounds {
+        let [base, other] = plans;
+        turns.push(match round % 2 {
+            0 => [one(base, rest)?, one(other, rest)?],
+            _ => {
+                let other = one(other, rest)?;
+                [one(base, rest)?, other]
+            }
+        });
+    }
+    Ok(Duel { turns, n_prompt: prompt.len() })
+}
+
+impl Duel {
+    /// Speed of reading a prompt.
+    pub fn prefill(&self) -> Pace {
+        self.pace(|turn| self.n_prompt as f64 / turn.first)
+    }
+
+    /// Speed of tokens one by one: of each round's fastest, as what else runs only ever adds time.
+    pub fn decode(&self) -> Pace {
+        self.pace(|turn| 1.0 / turn.steps.iter().fold(f64::INFINITY, |m, step| step.min(m)))
+    }
+
+    fn pace(&self, rate: impl Fn(&Turn) -> f64) -> Pace {
+        let rates = self.turns.iter().map(|[_, other]| rate(other)).collect();
+        let ratios = self.turns.iter().map(|[base, other]| rate(other) / rate(base)).collect();
+        Pace { rates, ratios }
+    }
+}
+
+impl Pace {
+    /// Smallest and largest ratio. That of many rounds lies between those of `n` with a probability
+    /// of `1 - 2^(1 - n)`, whatever the noise, as long as it is the same in all rounds.
+    pub fn range(&self) -> (f64, f64) {
+        let ratios = self.ratios.iter();
+        ratios.fold((f64::INFINITY, 0.0), |(low, high), x| (x.min(low), x.max(high)))
+    }
 }
