@@ -3,6 +3,7 @@
 mod bench;
 mod calibrate;
 mod chat;
+mod compare;
 mod eval;
 mod generate;
 mod heads;
@@ -52,6 +53,7 @@ static COMMANDS: &[Entry] = &[
     entry::<generate::Generate>(),
     entry::<eval::Eval>(),
     entry::<bench::Bench>(),
+    entry::<compare::Compare>(),
     entry::<calibrate::Calibrate>(),
     entry::<norms::Norms>(),
     entry::<masks::Masks>(),

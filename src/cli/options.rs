@@ -83,7 +83,7 @@ pub(super) struct RunArgs {
     /// Multiplies weights with activations in full precision; slow for quantized ones, which take 8
     /// bits otherwise, as those in BF16 take BF16 where the processor multiplies it
     #[arg(long)]
-    exact: bool,
+    pub(super) exact: bool,
     /// Instruction set [default: the best that the processor has]
     #[arg(long, value_name = "LEVEL", env = "QKOV_SIMD")]
     simd: Option<Level>,
@@ -91,16 +91,17 @@ pub(super) struct RunArgs {
     #[arg(short, long, value_name = "N")]
     pub(super) ctx: Option<usize>,
     /// Normalizer instead of softmax: NAME[:key=value,..] for all heads, or by layers and heads,
-    /// such as '*=softmax;0-3=sigmoid;5.2=entmax:alpha=1.1'; see `norms`
+    /// such as '*=softmax;0-3=sigmoid;5.2=entmax:alpha=1.1'; see `norms`. Given again, it goes over
+    /// what was said before; for `compare`, each is a variant
     #[arg(long, value_name = "PLAN")]
-    norm: Option<String>,
+    pub(super) norm: Vec<String>,
     /// Mask instead of causal: NAME[:key=value,..] for all layers, or by layers, such as
-    /// '0-3=window:n=256;*=causal', later ones over earlier ones; see `masks`
+    /// '0-3=window:n=256;*=causal', later ones over earlier ones; see `masks`. Given again, as --norm
     #[arg(long, value_name = "PLAN")]
-    mask: Option<String>,
+    pub(super) mask: Vec<String>,
     /// Plan file, from `calibrate`; --norm and --mask go over what it says
     #[arg(long, value_name = "FILE")]
-    plan: Option<PathBuf>,
+    pub(super) plan: Option<PathBuf>,
     /// Type of cached keys
     #[arg(long, visible_alias = "ctk", value_name = "TYPE", default_value = "f16")]
     cache_type_k: CacheType,
@@ -142,12 +143,8 @@ impl RunArgs {
             let file = PlanFile::parse(&read_text(Some(path))?).map_err(|e| e.at(path))?;
             model.apply(&file).map_err(|e| e.at(path))?;
         }
-        if let Some(text) = &self.norm {
-            model.set_normalizers(text)?;
-        }
-        if let Some(text) = &self.mask {
-            model.set_masks(text)?;
-        }
+        self.norm.iter().try_for_each(|text| model.set_normalizers(text))?;
+        self.mask.iter().try_for_each(|text| model.set_masks(text))?;
         model.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         Ok(Arc::new(model))
     }
@@ -155,6 +152,11 @@ impl RunArgs {
     /// Whether threads stay on cores of their own.
     pub(super) fn pin(&self) -> bool {
         !self.no_pin
+    }
+
+    /// Types of cached keys and values.
+    pub(super) fn cache_types(&self) -> (CacheType, CacheType) {
+        (self.cache_type_k, self.cache_type_v)
     }
 
     /// Numbers of threads, for one session after the other.
@@ -194,6 +196,12 @@ impl RunArgs {
         Session::new(Arc::new(model), &self.options(Some(n_ctx), self.one_threads()?)?)
     }
 
+    /// A session of the model in an open file, as it was trained. Of warnings nothing is said.
+    pub(super) fn trained_session(&self, gguf: Gguf, n_ctx: usize) -> Result<Session> {
+        let model = Model::from_gguf(gguf).map_err(|e| self.model.at(e))?;
+        Session::new(Arc::new(model), &self.options(Some(n_ctx), self.one_threads()?)?)
+    }
+
     fn one_threads(&self) -> Result<Threads> {
         match self.threads()[..] {
             [n_threads] => Ok(n_threads),
@@ -201,12 +209,18 @@ impl RunArgs {
         }
     }
 
-    fn options(&self, n_ctx: Option<usize>, n_threads: Threads) -> Result<Options> {
+    /// Chooses the instruction set that was asked for.
+    pub(super) fn set_level(&self) -> Result<()> {
         if let Some(level) = self.simd
             && !simd::set_level(level)
         {
             bad_usage!("--simd {}: this processor does not have it", level.name());
         }
+        Ok(())
+    }
+
+    fn options(&self, n_ctx: Option<usize>, n_threads: Threads) -> Result<Options> {
+        self.set_level()?;
         Ok(Options {
             n_ctx,
             n_threads,

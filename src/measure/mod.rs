@@ -2,15 +2,18 @@
 
 mod base;
 pub mod calibrate;
+pub mod compare;
 mod divergence;
 pub mod export;
 pub mod heads;
 pub mod latency;
 pub mod quality;
 pub mod record;
+pub mod report;
 pub mod retrieval;
 pub mod search;
 pub mod shape;
+pub mod yardstick;
 
 /// Text to measure and to fit with unless there is another: pages of 16 public-domain books.
 pub static SAMPLE: &str = include_str!("sample.txt");

@@ -18,7 +18,7 @@ fn qkov(args: &[&str], stdin: &str) -> Output {
     child.wait_with_output().unwrap()
 }
 
-fn ok(args: &[&str], stdin: &str) -> String {
+pub fn ok(args: &[&str], stdin: &str) -> String {
     let output = qkov(args, stdin);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{args:?}: {stderr}");
@@ -26,7 +26,7 @@ fn ok(args: &[&str], stdin: &str) -> String {
 }
 
 /// The one line on stderr of a run that fails with `code`.
-fn error(args: &[&str], code: i32) -> String {
+pub fn error(args: &[&str], code: i32) -> String {
     let output = qkov(args, "");
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");

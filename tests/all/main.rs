@@ -10,6 +10,7 @@ mod bf16;
 mod cache;
 mod calibrate;
 mod cli;
+mod compare;
 mod export;
 mod golden;
 mod layers;
