@@ -99,7 +99,8 @@ pub(super) struct RunArgs {
     /// '0-3=window:n=256;*=causal', later ones over earlier ones; see `masks`. Given again, as --norm
     #[arg(long, value_name = "PLAN")]
     pub(super) mask: Vec<String>,
-    /// Plan file, from `calibrate`; --norm and --mask go over what it says
+    /// Plan file, from `calibrate`; --norm and --mask go over what it says. For `compare`, one more
+    /// variant
     #[arg(long, value_name = "FILE")]
     pub(super) plan: Option<PathBuf>,
     /// Type of cached keys

@@ -209,7 +209,7 @@ fn baseline_name(model: &Model) -> String {
 /// The jobs of one shard of `n`, from 1.
 pub fn shard(jobs: Vec<Job>, (i, n): (usize, usize)) -> Result<Vec<Job>> {
     if i < 1 || i > n {
-        bad_usage!("shard {i}/{n}; allowed 1/{n} to {n}/{n}");
+        bad_usage!("shard {i}/{n}; allowed I/N with I from 1 to N, such as 1/8");
     }
     Ok(jobs.into_iter().skip(i - 1).step_by(n).collect())
 }

@@ -228,7 +228,7 @@ fn bad_input_is_one_line() {
     for (args, code, expected) in [
         (&["--norm", "sofmax"][..], 2, "normalizer \"sofmax\" is not known"),
         (&[], 2, "nothing to compare"),
-        (&["--norm", "relu", "--shard", "3/2"], 2, "allowed I/N with I from 1 to N"),
+        (&["--norm", "relu", "--shard", "3/2"], 2, "shard 3/2; allowed I/N with I from 1 to N"),
         (&["--norm", "relu", "--file", &short], 2, "two windows of 128 are needed"),
         (&["--norm", "relu", "-n", "128"], 2, "--n-gen 128; allowed 1 to 127"),
         (&["--norm", "relu", "--out", &torn], 3, "torn.json: not a file of `compare`: EOF"),
@@ -244,9 +244,7 @@ fn bad_input_is_one_line() {
         let line = place.error(args, code);
         assert!(line.contains(expected), "{args:?}: {line}");
         assert!(line.starts_with("error: "), "{line}");
-        if !args.contains(&"--shard") {
-            assert_eq!(line.trim_end().lines().count(), 1, "{line}");
-        }
+        assert_eq!(line.trim_end().lines().count(), 1, "{line}");
     }
 }
 
