@@ -149,7 +149,7 @@ impl Document {
             .collect();
         let findings: Vec<String> =
             self.findings().iter().map(|f| format!("<li>{}</li>", escaped(f))).collect();
-        let bars = charts::yardsticks(self, 640)?.map(|svg| svg + YARDSTICK_CAPTION);
+        let bars = charts::yardsticks(self, 480)?.map(|svg| svg + YARDSTICK_CAPTION);
         let data = json!({
             "variants": self.records(),
             "patterns": patterns,
