@@ -1,9 +1,10 @@
 //! Recordings of heads as arrays for other programs, with TransformerLens's names and axes.
 
-use std::io::Cursor;
+use std::io::{Cursor, Write};
 
-use npyz::WriterBuilder;
 use safetensors::tensor::{Dtype, TensorView};
+use zip::ZipWriter;
+use zip::write::SimpleFileOptions;
 
 use super::record::Record;
 use crate::error::{Error, Result};
@@ -46,25 +47,39 @@ pub fn arrays(records: &[Record], per_kv: usize) -> Vec<Array> {
     arrays
 }
 
-/// Arrays as NumPy reads them.
+/// Arrays as NumPy reads them, `.npz` without compression.
 pub fn npz(arrays: &[Array]) -> Result<Vec<u8>> {
     let failed = |e: std::io::Error| Error::Runtime(format!("cannot write arrays: {e}"));
-    let mut zip = npyz::npz::NpzWriter::new(Cursor::new(Vec::new()));
+    let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     for array in arrays {
-        let shape: Vec<u64> = array.shape.iter().map(|n| *n as u64).collect();
-        let options = Default::default();
-        let writer = zip.array(&array.name, options).map_err(failed)?;
-        let mut writer = writer.default_dtype().shape(&shape).begin_nd().map_err(failed)?;
-        writer.extend(&array.data).and_then(|()| writer.finish()).map_err(failed)?;
+        // Large: beyond 4 GB, too.
+        let options = SimpleFileOptions::default().large_file(true);
+        zip.start_file(format!("{}.npy", array.name), options).map_err(|e| failed(e.into()))?;
+        zip.write_all(&npy_header(&array.shape)).map_err(failed)?;
+        zip.write_all(&bytes(array)).map_err(failed)?;
     }
-    let file = zip.zip_writer().finish().map_err(|e| failed(e.into()))?;
-    Ok(file.into_inner())
+    Ok(zip.finish().map_err(|e| failed(e.into()))?.into_inner())
+}
+
+/// What precedes the elements of a `.npy` file (NumPy, `numpy.lib.format`, version 1.0): a literal of
+/// Python, padded so that elements begin at a multiple of 64 bytes.
+fn npy_header(shape: &[usize]) -> Vec<u8> {
+    let shape: String = shape.iter().map(|n| format!("{n}, ")).collect();
+    let text = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape})}}");
+    let len = (10 + text.len() + 1).next_multiple_of(64) - 10;
+    let mut header = b"\x93NUMPY\x01\x00".to_vec();
+    header.extend((len as u16).to_le_bytes());
+    header.extend(format!("{text:<0$}\n", len - 1).bytes());
+    header
+}
+
+fn bytes(array: &Array) -> Vec<u8> {
+    array.data.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
 /// Arrays as safetensors.
 pub fn safetensors(arrays: &[Array]) -> Result<Vec<u8>> {
     let failed = |e| Error::Runtime(format!("cannot write arrays: {e}"));
-    let bytes = |array: &Array| array.data.iter().flat_map(|x| x.to_le_bytes()).collect();
     let data: Vec<Vec<u8>> = arrays.iter().map(bytes).collect();
     let views = arrays.iter().zip(&data).map(|(array, data)| {
         let view = TensorView::new(Dtype::F32, array.shape.clone(), data).map_err(failed)?;
