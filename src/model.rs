@@ -146,8 +146,9 @@ impl Model {
 
     /// Replaces masks; see [`Plan::set_masks`].
     pub fn set_masks(&mut self, text: &str) -> Result<()> {
-        self.plan.set_masks(text)?;
-        self.attention = attention(&self.hparams, &self.plan);
+        let mut plan = self.plan.clone();
+        plan.set_masks(text)?;
+        self.set_plan(plan);
         Ok(())
     }
 
@@ -172,10 +173,16 @@ impl Model {
 
     /// Changes the plan as a file says.
     pub fn apply(&mut self, file: &PlanFile) -> Result<()> {
-        let mut plan = self.plan.clone();
-        file.apply(&mut plan, &self.gguf.hash(), self.hparams.value_dim)?;
+        let plan = self.planned(&self.plan, file)?;
         self.set_plan(plan);
         Ok(())
+    }
+
+    /// A plan for this model, changed as a file says.
+    pub fn planned(&self, plan: &Plan, file: &PlanFile) -> Result<Plan> {
+        let mut plan = plan.clone();
+        file.apply(&mut plan, &self.gguf.hash(), self.hparams.value_dim)?;
+        Ok(plan)
     }
 
     /// Uses another plan, which must be one for this model.

@@ -18,7 +18,7 @@ use crate::measure::report::{Document, MAX_TOKENS, Patterns, check_folder, patte
 use crate::measure::yardstick::smaller_formats;
 use crate::model::Model;
 use crate::normalizer;
-use crate::plan::{Plan, PlanFile};
+use crate::plan::Plan;
 
 #[derive(Args)]
 pub(super) struct Compare {
@@ -210,11 +210,8 @@ impl Compare {
             };
             jobs = jobs.iter().flat_map(fitted).collect();
         }
-        if let Some(path) = &self.run.plan {
-            let file = PlanFile::parse(&read_text(Some(path))?).map_err(|e| e.at(path))?;
-            let mut plan = model.trained.clone();
-            let applied = file.apply(&mut plan, &model.gguf.hash(), model.hparams.value_dim);
-            applied.map_err(|e| e.at(path))?;
+        let planned = self.run.plan_from_file(model, &model.trained)?;
+        if let (Some(path), Some(plan)) = (&self.run.plan, planned) {
             jobs.push(Job::Plan(path.to_string_lossy().into_owned(), plan));
         }
         if jobs.is_empty() {

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::measure::heads::{HeadStats, RowStats};
+use crate::measure::latency::{mean_and_deviation, percentile};
 
 /// Mean, standard deviation, and the points below which 5, 50 and 95 % lie.
 struct Summary {
@@ -14,12 +15,8 @@ struct Summary {
 fn summary(head: &HeadStats, of: impl Fn(&RowStats) -> f32) -> Summary {
     let mut values: Vec<f64> = head.rows.iter().map(|r| f64::from(of(r))).collect();
     values.sort_by(f64::total_cmp);
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let std = (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n).sqrt();
-    let last = values.len().saturating_sub(1);
-    let at = |share: f64| values.get((share * last as f64).round() as usize).copied();
-    Summary { mean, std, points: [0.05, 0.5, 0.95].map(|share| at(share).unwrap_or(f64::NAN)) }
+    let (mean, std) = mean_and_deviation(&values);
+    Summary { mean, std, points: [0.05, 0.5, 0.95].map(|share| percentile(&values, share)) }
 }
 
 /// One object for each head.
@@ -40,7 +37,7 @@ pub(super) fn report(heads: &[HeadStats]) -> Value {
             "mass_p95": mass.points[2],
             "sink_mass": head.mean(|r| r.sink),
             "support": head.mean(|r| r.support as f32),
-            "support_share": head.mean(|r| r.support as f32 / r.n.max(1) as f32),
+            "support_share": head.mean(RowStats::support_share),
             "effective_keys": head.mean(|r| r.effective),
             "log_sum": log_sum.mean,
             "log_sum_std": log_sum.std,
@@ -67,7 +64,7 @@ pub(super) fn table(heads: &[HeadStats]) -> String {
     );
     for head in heads {
         let (mass, log_sum) = (summary(head, |r| r.mass), summary(head, |r| r.log_sum));
-        let used = 100.0 * head.mean(|r| r.support as f32 / r.n.max(1) as f32);
+        let used = 100.0 * head.mean(RowStats::support_share);
         text += &format!(
             "{:>7}{:9.3}{:8.1}{used:8.1}{:9.3} ± {:<5.2}{:7.3}{:8.2} ± {:<5.2}{:8.4}\n",
             format!("{}.{}", head.layer, head.head),

@@ -13,7 +13,7 @@ use crate::cpu::{CacheType, Threads};
 use crate::error::{Error, Result};
 use crate::gguf::{Bytes, Gguf, evict};
 use crate::model::Model;
-use crate::plan::PlanFile;
+use crate::plan::{Plan, PlanFile};
 use crate::session::{Options, Session};
 use crate::simd::{self, Level};
 
@@ -140,14 +140,20 @@ impl RunArgs {
 
     /// A model with the normalizers and masks that were asked for.
     pub(super) fn planned(&self, mut model: Model) -> Result<Arc<Model>> {
-        if let Some(path) = &self.plan {
-            let file = PlanFile::parse(&read_text(Some(path))?).map_err(|e| e.at(path))?;
-            model.apply(&file).map_err(|e| e.at(path))?;
+        if let Some(plan) = self.plan_from_file(&model, &model.plan)? {
+            model.set_plan(plan);
         }
         self.norm.iter().try_for_each(|text| model.set_normalizers(text))?;
         self.mask.iter().try_for_each(|text| model.set_masks(text))?;
         model.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         Ok(Arc::new(model))
+    }
+
+    /// A plan for `model`, changed as --plan says; none without it.
+    pub(super) fn plan_from_file(&self, model: &Model, plan: &Plan) -> Result<Option<Plan>> {
+        let Some(path) = &self.plan else { return Ok(None) };
+        let file = PlanFile::parse(&read_text(Some(path))?);
+        file.and_then(|file| model.planned(plan, &file)).map(Some).map_err(|e| e.at(path))
     }
 
     /// Whether threads stay on cores of their own.
@@ -192,9 +198,11 @@ impl RunArgs {
     /// A session beside another one, of the model as trained but for the normalizers in `norm`.
     /// What there is to warn of has been said.
     pub(super) fn base_session(&self, norm: &str, n_ctx: usize) -> Result<Session> {
-        let mut model = Model::from_gguf(self.model.gguf()?).map_err(|e| self.model.at(e))?;
-        model.set_normalizers(norm)?;
-        Session::new(Arc::new(model), &self.options(Some(n_ctx), self.one_threads()?)?)
+        let mut session = self.trained_session(self.model.gguf()?, n_ctx)?;
+        let mut plan = session.model().trained.clone();
+        plan.set_normalizers(norm)?;
+        session.set_plan(plan)?;
+        Ok(session)
     }
 
     /// A session of the model in an open file, as it was trained. Of warnings nothing is said.

@@ -413,7 +413,7 @@ impl HeadSummary {
             entropy: number(stats.mean(|r| r.entropy)),
             sink: number(stats.mean(|r| r.sink)),
             mass: number(stats.mean(|r| r.mass)),
-            support: number(stats.mean(|r| r.support as f32 / r.n.max(1) as f32)),
+            support: number(stats.mean(RowStats::support_share)),
         }
     }
 }

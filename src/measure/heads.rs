@@ -80,6 +80,13 @@ impl RowStats {
     }
 }
 
+impl RowStats {
+    /// Share of the visible keys that have a weight.
+    pub fn support_share(&self) -> f32 {
+        self.support as f32 / self.n.max(1) as f32
+    }
+}
+
 impl HeadStats {
     /// Mean over all rows of something about them.
     pub fn mean(&self, of: impl Fn(&RowStats) -> f32) -> f64 {

@@ -2,7 +2,7 @@
 //! which the weights sum to 1. Only keys within `1 / (alpha - 1)` of the largest can have a weight, so
 //! they are gathered first; `tau` is found without sorting them.
 
-use super::{Class, Domain, Kind, MAX, Normalizer, Param, Row, param, with_memory};
+use super::{Class, Domain, Family, Kind, MAX, Normalizer, Row, param, with_memory};
 use crate::simd;
 
 /// Largest number of steps; 3 to 10 are usual.
@@ -43,26 +43,9 @@ impl Normalizer for Entmax {
     }
 }
 
-const fn kind(
-    name: &'static str,
-    formula: &'static str,
-    paper: &'static str,
-    params: &'static [Param],
-    make: fn(&[f32]) -> Box<dyn Normalizer>,
-) -> Kind {
-    Kind {
-        name,
-        formula,
-        paper,
-        params,
-        class: Class::Selecting,
-        shift_invariant: true,
-        sums_to_one: true,
-        make,
-    }
-}
+const FAMILY: Family = Family { class: Class::Selecting, shift_invariant: true, sums_to_one: true };
 
-pub(super) static SPARSEMAX: Kind = kind(
+pub(super) static SPARSEMAX: Kind = FAMILY.kind(
     "sparsemax",
     "w_j = max(x_j - tau, 0), sum w = 1",
     "Martins and Astudillo, arXiv 1602.02068",
@@ -70,7 +53,7 @@ pub(super) static SPARSEMAX: Kind = kind(
     |_| Box::new(Entmax(2.0)),
 );
 
-pub(super) static ENTMAX15: Kind = kind(
+pub(super) static ENTMAX15: Kind = FAMILY.kind(
     "entmax15",
     "w_j = max(x_j / 2 - tau, 0)^2, sum w = 1",
     "Peters et al., arXiv 1905.05702",
@@ -78,7 +61,7 @@ pub(super) static ENTMAX15: Kind = kind(
     |_| Box::new(Entmax(1.5)),
 );
 
-pub(super) static ENTMAX: Kind = kind(
+pub(super) static ENTMAX: Kind = FAMILY.kind(
     "entmax",
     "w_j = max((alpha - 1) x_j - tau, 0)^(1 / (alpha - 1)), sum w = 1",
     "Peters et al., arXiv 1905.05702; Goncalves et al., AdaSplash, arXiv 2502.12082",
@@ -101,7 +84,7 @@ impl Normalizer for Asentmax {
     }
 }
 
-pub(super) static ASENTMAX: Kind = kind(
+pub(super) static ASENTMAX: Kind = FAMILY.kind(
     "asentmax",
     "w = entmax((delta + beta (ln n)^gamma) x), with constants",
     "Vasylenko et al., arXiv 2506.16640",

@@ -1,7 +1,7 @@
 //! Temperatures that depend on the length of the row, on the position, or on the row itself.
 
 use super::softmax::softmax;
-use super::{Class, Domain, Kind, MAX, Normalizer, Param, Row, param, with_copy};
+use super::{Class, Domain, Family, Kind, MAX, Normalizer, Row, param, with_copy};
 use crate::simd;
 
 /// Softmax of the scores times a factor.
@@ -17,27 +17,10 @@ impl<F: Fn(usize, Row) -> f32 + Sync + Send> Normalizer for Factor<F> {
     }
 }
 
-/// A kind that scales scores before softmax.
-const fn scaling(
-    name: &'static str,
-    formula: &'static str,
-    paper: &'static str,
-    params: &'static [Param],
-    make: fn(&[f32]) -> Box<dyn Normalizer>,
-) -> Kind {
-    Kind {
-        name,
-        formula,
-        paper,
-        params,
-        class: Class::Streaming,
-        shift_invariant: true,
-        sums_to_one: true,
-        make,
-    }
-}
+/// Kinds that scale scores before softmax.
+const FAMILY: Family = Family { class: Class::Streaming, shift_invariant: true, sums_to_one: true };
 
-pub(super) static SSMAX: Kind = scaling(
+pub(super) static SSMAX: Kind = FAMILY.kind(
     "ssmax",
     "w = softmax(max(s ln n, least) x)",
     "Nakanishi, Scalable-Softmax, arXiv 2501.19399",
@@ -52,7 +35,7 @@ pub(super) static SSMAX: Kind = scaling(
     },
 );
 
-pub(super) static LOG_N: Kind = scaling(
+pub(super) static LOG_N: Kind = FAMILY.kind(
     "log_n",
     "w = softmax(max(ln n / ln n_train, 1) x)",
     "Chiang and Cholak, arXiv 2202.12172; Qwen's logn attention",
@@ -66,7 +49,7 @@ pub(super) static LOG_N: Kind = scaling(
     },
 );
 
-pub(super) static LLAMA4: Kind = scaling(
+pub(super) static LLAMA4: Kind = FAMILY.kind(
     "llama4",
     "w = softmax((1 + scale_n ln(floor((position + 1) / floor) + 1)) x)",
     "Llama 4's reference code",
@@ -83,7 +66,7 @@ pub(super) static LLAMA4: Kind = scaling(
     },
 );
 
-pub(super) static YARN: Kind = scaling(
+pub(super) static YARN: Kind = FAMILY.kind(
     "yarn",
     "w = softmax((0.1 ln f + 1)^2 x)",
     "Peng et al., YaRN, arXiv 2309.00071",

@@ -76,6 +76,27 @@ pub struct Kind {
     pub make: fn(&[f32]) -> Box<dyn Normalizer>,
 }
 
+/// What the kinds of one file have in common.
+struct Family {
+    class: Class,
+    shift_invariant: bool,
+    sums_to_one: bool,
+}
+
+impl Family {
+    const fn kind(
+        &self,
+        name: &'static str,
+        formula: &'static str,
+        paper: &'static str,
+        params: &'static [Param],
+        make: fn(&[f32]) -> Box<dyn Normalizer>,
+    ) -> Kind {
+        let Family { class, shift_invariant, sums_to_one } = *self;
+        Kind { name, formula, paper, params, class, shift_invariant, sums_to_one, make }
+    }
+}
+
 /// Parameters that every kind has. Scores are mapped to `(scale + scale_n ln n) x + offset + offset_n
 /// ln n` before the kind sees them, and its weights are multiplied by `gain`.
 pub static COMMON: &[Param] = &[

@@ -1,6 +1,6 @@
 //! Functions of each score alone, and what they are divided by.
 
-use super::{Class, Domain, Kind, MAX, Normalizer, Param, Row, param, positive};
+use super::{Class, Domain, Family, Kind, MAX, Normalizer, Param, Row, param, positive};
 use crate::simd;
 
 /// What a row is divided by: nothing, its length `n`, `sqrt n`, the sum of sizes, the root of the sum
@@ -48,26 +48,10 @@ where
     rows(move |scores| simd::map(scores, f), norm)
 }
 
-const fn kind(
-    name: &'static str,
-    formula: &'static str,
-    paper: &'static str,
-    params: &'static [Param],
-    make: fn(&[f32]) -> Box<dyn Normalizer>,
-) -> Kind {
-    Kind {
-        name,
-        formula,
-        paper,
-        params,
-        class: Class::Pointwise,
-        shift_invariant: false,
-        sums_to_one: false,
-        make,
-    }
-}
+const FAMILY: Family =
+    Family { class: Class::Pointwise, shift_invariant: false, sums_to_one: false };
 
-pub(super) static SIGMOID: Kind = kind(
+pub(super) static SIGMOID: Kind = FAMILY.kind(
     "sigmoid",
     "w_j = 1 / (1 + exp(-x_j + ln n)) / norm",
     "Ramapuram et al., arXiv 2409.04431",
@@ -82,7 +66,7 @@ pub(super) static SIGMOID: Kind = kind(
     },
 );
 
-pub(super) static RELU: Kind = kind(
+pub(super) static RELU: Kind = FAMILY.kind(
     "relu",
     "w_j = max(x_j, 0) / norm",
     "Wortsman et al., arXiv 2309.08586",
@@ -90,12 +74,15 @@ pub(super) static RELU: Kind = kind(
     |p| pointwise(positive, p[0]),
 );
 
-pub(super) static RELU2: Kind =
-    kind("relu2", "w_j = max(x_j, 0)^2 / norm", "Hua et al., arXiv 2202.10447", &[norm(N)], |p| {
-        pointwise(|x| positive(x) * positive(x), p[0])
-    });
+pub(super) static RELU2: Kind = FAMILY.kind(
+    "relu2",
+    "w_j = max(x_j, 0)^2 / norm",
+    "Hua et al., arXiv 2202.10447",
+    &[norm(N)],
+    |p| pointwise(|x| positive(x) * positive(x), p[0]),
+);
 
-pub(super) static SOFTPLUS: Kind = kind(
+pub(super) static SOFTPLUS: Kind = FAMILY.kind(
     "softplus",
     "w_j = ln(1 + exp(x_j)) / norm",
     "Wortsman et al., arXiv 2309.08586",
@@ -103,7 +90,7 @@ pub(super) static SOFTPLUS: Kind = kind(
     |p| rows(|scores| simd::softplus(scores, 1.0), p[0]),
 );
 
-pub(super) static SQUAREPLUS: Kind = kind(
+pub(super) static SQUAREPLUS: Kind = FAMILY.kind(
     "squareplus",
     "w_j = (x_j + sqrt(x_j^2 + 4)) / 2 / norm",
     "Barron, arXiv 2112.11687",
@@ -120,7 +107,7 @@ pub(super) static SQUAREPLUS: Kind = kind(
 
 pub(super) static ELU1: Kind = Kind {
     sums_to_one: true,
-    ..kind(
+    ..FAMILY.kind(
         "elu1",
         "w_j = x_j + 1 for x_j > 0, else exp(x_j); / norm",
         "Katharopoulos et al., arXiv 2006.16236, on scores",
@@ -131,7 +118,7 @@ pub(super) static ELU1: Kind = Kind {
 
 pub(super) static TAYLOR2: Kind = Kind {
     sums_to_one: true,
-    ..kind(
+    ..FAMILY.kind(
         "taylor2",
         "w_j = (1 + x_j + x_j^2 / 2) / norm",
         "Nauen et al., TaylorShift, arXiv 2403.02920",
@@ -140,7 +127,7 @@ pub(super) static TAYLOR2: Kind = Kind {
     )
 };
 
-pub(super) static POWER: Kind = kind(
+pub(super) static POWER: Kind = FAMILY.kind(
     "power",
     "w_j = x_j^p / norm",
     "Saratchandran et al., arXiv 2410.18613",
@@ -151,7 +138,7 @@ pub(super) static POWER: Kind = kind(
     },
 );
 
-pub(super) static CONSMAX: Kind = kind(
+pub(super) static CONSMAX: Kind = FAMILY.kind(
     "consmax",
     "w_j = exp(x_j - beta) / gamma / norm",
     "Liu et al., ConSmax, arXiv 2402.10930",
@@ -166,7 +153,7 @@ pub(super) static CONSMAX: Kind = kind(
     },
 );
 
-pub(super) static LAPLACE: Kind = kind(
+pub(super) static LAPLACE: Kind = FAMILY.kind(
     "laplace",
     "w_j = (1 + erf((x_j - mu) / (sigma sqrt 2))) / 2 / norm, mu = sqrt(1/2), sigma = 1 / sqrt(4 pi)",
     "Ma et al., Mega, arXiv 2209.10655",
@@ -192,7 +179,7 @@ fn erf(x: f32) -> f32 {
     if x < 0.0 { -y } else { y }
 }
 
-pub(super) static POLYMAX: Kind = kind(
+pub(super) static POLYMAX: Kind = FAMILY.kind(
     "polymax",
     "w_j = (x_j^2 + 1, x_j > 0; 1 + x_j / 100, -100 < x_j <= 0; 0 below) / divisor / norm",
     "ReaLLMASIC nanoGPT",
