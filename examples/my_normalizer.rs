@@ -1,6 +1,5 @@
 //! A normalizer of one's own in an already trained model: `cargo run --release --example my_normalizer`
 #![allow(clippy::print_stdout)]
-
 use std::{path::Path, sync::Arc};
 
 use qkov::measure::{SAMPLE, quality};
@@ -9,7 +8,6 @@ use qkov::{model::Model, session::Session};
 
 /// Weights fall in a straight line from the largest score, and end `width` below it.
 struct Tent(f32);
-
 impl Normalizer for Tent {
     fn row(&self, scores: &mut [f32], _: Row) {
         let max = scores.iter().fold(f32::NEG_INFINITY, |max, x| max.max(*x));
@@ -18,7 +16,6 @@ impl Normalizer for Tent {
         scores.iter_mut().for_each(|w| *w /= sum);
     }
 }
-
 static TENT: Kind = Kind {
     name: "tent",
     formula: "w_j = max(x_j - max x + width, 0) / sum",
@@ -32,14 +29,11 @@ static TENT: Kind = Kind {
 
 fn main() -> qkov::error::Result<()> {
     register(&TENT)?;
-    for norm in ["softmax", "tent", "*=softmax;3-5=tent:width=6"] {
-        let mut model = Model::open(Path::new("models/books-6m-q8_0.gguf"))?;
-        model.set_normalizers(norm)?;
-        let tokens = model.tokenizer.encode(SAMPLE, true, false)?;
-        let windows = quality::Windows::new(tokens, 256)?;
-        let mut session = Session::new(Arc::new(model), &Default::default())?;
-        let quality = quality::evaluate(&mut session, &windows, None, None, &mut |_| {})?;
-        println!("{norm}: perplexity {:.1}", quality.ppl.value);
-    }
+    let mut model = Model::open(Path::new("models/books-6m-q8_0.gguf"))?;
+    model.set_normalizers("*=softmax;3-5=tent:width=6")?;
+    let windows = quality::Windows::new(model.tokenizer.encode(SAMPLE, true, false)?, 256)?;
+    let mut session = Session::new(Arc::new(model), &Default::default())?;
+    let quality = quality::evaluate(&mut session, &windows, None, None, &mut |_| {})?;
+    println!("perplexity {:.1}", quality.ppl.value);
     Ok(())
 }
