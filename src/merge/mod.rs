@@ -1,37 +1,145 @@
 //! Forms: how a layer's attention is factored, which decides what is multiplied and what is cached.
+//!
+//! A [`Form`] is an entry of the registry. A [`Choice`] is a form with values for its parameters:
+//! `split`, `lowrank:ratio=0.75`. A form may rewrite a layer's weights before they are used, into
+//! ones that look like those of a trained layer with other widths ([`Rewritten`]), or say that another
+//! thing is cached ([`Geometry`]), or both.
 
 mod split;
 
+use faer::Mat;
+
 use crate::arch::{Hparams, LayerHparams};
-use crate::error::{Error, Result};
+use crate::bad_usage;
+use crate::error::Result;
+use crate::param::{self, Param};
 
 /// A way to factor the attention of a layer.
 pub trait Form: Sync + Send {
     /// The name on the command line and in files.
     fn name(&self) -> &'static str;
 
-    /// The shape that attention has in this form.
+    /// What it does.
+    fn what(&self) -> &'static str;
+
+    /// Where it was published.
+    fn paper(&self) -> &'static str;
+
+    /// Its parameters.
+    fn params(&self) -> &'static [Param] {
+        &[]
+    }
+
+    /// Whether a layer can have it; if not, the reason.
+    fn applies(&self, site: &Site) -> Result<(), String>;
+
+    /// Whether a layer then computes what it was trained to, but for rounding; if not, the reason.
+    fn exact(&self, site: &Site) -> Result<(), String>;
+
+    /// The shape that attention has in a layer as it is in its file, rewritten or not.
     fn geometry(&self, hparams: &Hparams, layer: &LayerHparams) -> Geometry;
 }
 
+/// A layer that a form is to be used in.
+#[derive(Clone, Copy)]
+pub struct Site<'a> {
+    /// Of the model.
+    pub hparams: &'a Hparams,
+    /// From 0.
+    pub layer: usize,
+    /// Whether a constant added to all scores of a row changes no weight, in every head.
+    pub shift_invariant: bool,
+    /// Whether weights of a row sum to 1, in every head.
+    pub unit_sum: bool,
+    /// Whether queries, keys and values have biases.
+    pub has_bias: [bool; 3],
+}
+
+impl Site<'_> {
+    /// What differs between layers.
+    pub fn at(&self) -> &LayerHparams {
+        &self.hparams.layers[self.layer]
+    }
+
+    /// Whether queries and keys are rotated by their positions.
+    pub fn rotates(&self) -> bool {
+        self.hparams.rope.is_some() && self.at().rotates
+    }
+}
+
 /// What attention looks like in one layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Geometry {
     /// Query heads.
     pub n_head: usize,
-    /// Cached key and value heads; each serves `n_head / n_head_kv` query heads in a row.
-    pub n_head_kv: usize,
-    /// Width of a query and a cached key.
-    pub score_dim: usize,
-    /// Width of a cached value and of a head's output.
-    pub value_dim: usize,
+    /// Cached key and value heads; each serves as many query heads in a row.
+    pub kv: Vec<KvHead>,
 }
 
-impl Geometry {
-    /// Cached elements per token.
-    pub fn cached(&self) -> usize {
-        self.n_head_kv * (self.score_dim + self.value_dim)
-    }
+/// Widths of one cached head and of the query heads that it serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvHead {
+    /// Elements of a query and a cached key.
+    pub score_dim: usize,
+    /// Elements of a cached value and of a head's output.
+    pub value_dim: usize,
+    /// Planes of the rotation that its keys have, in their order; `None`: all of them, if any. The
+    /// elements after those of the planes are not rotated.
+    pub planes: Option<Vec<usize>>,
+}
+
+/// A matrix that is to be rewritten, with its bias.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dense {
+    /// Elements of a row.
+    pub n_in: usize,
+    /// Rows, one after the other. `[n_out, n_in]`
+    pub data: Vec<f32>,
+    /// `[n_out]`
+    pub bias: Option<Vec<f32>>,
+}
+
+/// The matrices of a layer's attention, as in its file. `h`: query heads, `k`: kv heads.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weights {
+    /// `[h * key_dim, n_embd]`
+    pub q: Dense,
+    /// `[k * key_dim, n_embd]`
+    pub k: Dense,
+    /// `[k * value_dim, n_embd]`
+    pub v: Dense,
+    /// `[n_embd, h * value_dim]`
+    pub o: Dense,
+}
+
+/// A layer's attention in another form. Heads are those of `geometry`, which may differ in width;
+/// the rows of `o` may have zeros after the last head's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rewritten {
+    /// The matrices, of the widths that `geometry` says.
+    pub weights: Weights,
+    /// The shape.
+    pub geometry: Geometry,
+}
+
+/// Second moments of what the heads of a layer make of a text, in `f64`, before any rotation and
+/// after norms of heads. Means over tokens of outer products, biases included.
+#[derive(Debug, Clone)]
+pub struct Grams {
+    /// Tokens that were averaged over.
+    pub n_tokens: usize,
+    /// For each kv head, the sum over its query heads. `[key_dim, key_dim]`
+    pub queries: Vec<Mat<f64>>,
+    /// For each kv head. `[key_dim, key_dim]`
+    pub keys: Vec<Mat<f64>>,
+    /// For each kv head. `[value_dim, value_dim]`
+    pub values: Vec<Mat<f64>>,
+    /// For each query head, of its output: values mixed with weights. `[value_dim, value_dim]`
+    pub outputs: Vec<Mat<f64>>,
+    /// For each kv head, means over tokens. `[key_dim]`
+    pub key_means: Vec<Vec<f64>>,
+    /// The same of values. `[value_dim]`
+    pub value_means: Vec<Vec<f64>>,
 }
 
 /// Every form.
@@ -39,8 +147,71 @@ pub static FORMS: &[&dyn Form] = &[&split::Split];
 
 /// The form of this name.
 pub fn find(name: &str) -> Result<&'static dyn Form> {
-    FORMS.iter().find(|f| f.name() == name).copied().ok_or_else(|| {
-        let known: Vec<_> = FORMS.iter().map(|f| f.name()).collect();
-        Error::Usage(format!("form \"{name}\" is not known; known: {}", known.join(", ")))
-    })
+    match FORMS.iter().find(|f| f.name() == name) {
+        Some(form) => Ok(*form),
+        None => {
+            let known: Vec<_> = FORMS.iter().map(|f| f.name()).collect();
+            bad_usage!("form \"{name}\" is not known; known: {}", known.join(", "))
+        }
+    }
+}
+
+/// A form with values for its parameters.
+#[derive(Clone)]
+pub struct Choice {
+    form: &'static dyn Form,
+    values: Vec<f32>,
+}
+
+impl Choice {
+    /// A form with its defaults.
+    pub fn of(form: &'static dyn Form) -> Choice {
+        Choice { form, values: form.params().iter().map(|p| p.default).collect() }
+    }
+
+    /// Reads `NAME[:key=value,..]`.
+    pub fn parse(text: &str) -> Result<Choice> {
+        let (name, rest) = param::split(text);
+        let Choice { form, values } = Choice::of(find(name)?);
+        let values = param::read(&format!("form {name}"), form.params().iter(), values, rest)?;
+        Ok(Choice { form, values })
+    }
+
+    /// The form.
+    pub fn form(&self) -> &'static dyn Form {
+        self.form
+    }
+
+    /// The value of a parameter, if there is one of this name.
+    pub fn value(&self, name: &str) -> Option<f32> {
+        let at = self.form.params().iter().position(|p| p.name == name)?;
+        Some(self.values[at])
+    }
+
+    /// What [`Choice::parse`] reads, with those values that are not defaults.
+    pub fn text(&self) -> String {
+        param::show(self.form.name(), self.form.params().iter(), &self.values)
+    }
+}
+
+impl Geometry {
+    /// Heads that are all alike.
+    pub fn uniform(n_head: usize, n_head_kv: usize, head: KvHead) -> Geometry {
+        Geometry { n_head, kv: vec![head; n_head_kv] }
+    }
+
+    /// Kv heads.
+    pub fn n_head_kv(&self) -> usize {
+        self.kv.len()
+    }
+
+    /// Query heads that a kv head serves.
+    pub fn per_kv(&self) -> usize {
+        self.n_head / self.kv.len()
+    }
+
+    /// Cached elements per token.
+    pub fn cached(&self) -> usize {
+        self.kv.iter().map(|head| head.score_dim + head.value_dim).sum()
+    }
 }
