@@ -29,7 +29,7 @@ impl Attention {
     pub fn new(hparams: &Hparams, layer: usize, plan: LayerPlan) -> Attention {
         let at = &hparams.layers[layer];
         Attention {
-            geometry: plan.form.geometry(hparams, at),
+            geometry: plan.form.form().geometry(hparams, at),
             plan,
             layer,
             scale: hparams.attn_scale,

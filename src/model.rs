@@ -7,11 +7,12 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
 
-use crate::arch::{Bias, Hparams, LayerHparams};
+use crate::arch::{Bias, Hparams, LayerHparams, rewritten};
 use crate::attention::Attention;
 use crate::bad_file;
 use crate::error::{Result, excerpt};
 use crate::gguf::{Bytes, Gguf};
+use crate::merge::Geometry;
 use crate::plan::{Plan, PlanFile};
 use crate::quant::{self, Format};
 use crate::token::Tokenizer;
@@ -181,7 +182,7 @@ impl Model {
     /// A plan for this model, changed as a file says.
     pub fn planned(&self, plan: &Plan, file: &PlanFile) -> Result<Plan> {
         let mut plan = plan.clone();
-        file.apply(&mut plan, &self.gguf.hash(), self.hparams.value_dim)?;
+        file.apply(&mut plan, &self.gguf.hash(), &self.hparams)?;
         Ok(plan)
     }
 
@@ -272,6 +273,8 @@ impl Model {
     }
 }
 
+/// Rows of rewritten `attn_output` are whole blocks of this many elements.
+pub(crate) const BLOCK: usize = 32;
 /// Normalizers that a model was trained with, as [`Plan::set_normalizers`] reads them.
 const NORMALIZER_KEY: &str = "qkov.attention.normalizer";
 
@@ -360,22 +363,27 @@ impl Binder<'_> {
 
     fn layer(&mut self, i: usize, layer: &LayerHparams, hp: &Hparams) -> Result<Layer> {
         let e = hp.n_embd;
-        let (dk, dv) = (hp.key_dim, hp.value_dim);
+        let dk = hp.key_dim;
+        let g = Geometry { n_head: layer.n_head, kv: hp.kv_heads(layer) };
         let blk = format!("blk.{i}");
         let at = |name: &str| format!("{blk}.{name}");
-        let widths = [layer.n_head * dk, layer.n_head_kv * dk, layer.n_head_kv * dv];
+        // Norms of heads need what a form leaves out of the cache.
+        let [q, k] = match hp.qk_norm {
+            true => [layer.n_head * dk, layer.n_head_kv * dk],
+            false => [g.query_width(), g.key_width()],
+        };
+        let widths = [q, k, g.value_width()];
+        let mut n_heads_out = g.output_width();
+        if layer.rewritten.is_some() {
+            n_heads_out = n_heads_out.next_multiple_of(BLOCK);
+        }
         let [attn_q, attn_k, attn_v] = self.qkv(&blk, widths, hp)?;
         Ok(Layer {
             attn_norm: self.norm(&at("attn_norm"), e, hp)?,
             attn_q,
             attn_k,
             attn_v,
-            attn_output: self.linear(
-                &at("attn_output"),
-                layer.n_head * dv,
-                e,
-                hp.attn_output_bias,
-            )?,
+            attn_output: self.linear(&at("attn_output"), n_heads_out, e, hp.attn_output_bias)?,
             qk_norm: match hp.qk_norm {
                 true => Some((
                     self.norm(&at("attn_q_norm"), dk, hp)?,
@@ -418,6 +426,11 @@ impl Binder<'_> {
                     plan.set_normalizers(&format!("{i}.{head}=sink:s={s}"))?;
                 }
             }
+        }
+        if let Some(text) = self.gguf.str(rewritten::FORM)?
+            && let Err(e) = plan.set_forms(text)
+        {
+            bad_file!("key \"{}\": {}", rewritten::FORM, excerpt(&e.to_string()));
         }
         if let Some(text) = self.gguf.str(NORMALIZER_KEY)?
             && let Err(e) = plan.set_normalizers(text)

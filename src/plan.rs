@@ -11,7 +11,7 @@ use crate::arch::Hparams;
 use crate::bad_usage;
 use crate::error::Result;
 use crate::mask;
-use crate::merge::{self, Form};
+use crate::merge;
 use crate::normalizer;
 
 /// One choice per layer.
@@ -25,7 +25,7 @@ pub struct Plan {
 #[derive(Clone)]
 pub struct LayerPlan {
     /// How attention is factored.
-    pub form: &'static dyn Form,
+    pub form: merge::Choice,
     /// Which keys are seen.
     pub mask: mask::Choice,
     /// Indexed by query head.
@@ -38,11 +38,11 @@ pub struct LayerPlan {
 impl Plan {
     /// The model as trained: `split`, `causal`, `softmax`.
     pub fn trained(hparams: &Hparams) -> Result<Plan> {
-        let form = merge::find("split")?;
+        let form = merge::Choice::of(merge::find("split")?);
         let mask = mask::Choice::of(mask::find("causal")?);
         let softmax = normalizer::Choice::of(normalizer::find("softmax")?);
         let layer = |n_head| LayerPlan {
-            form,
+            form: form.clone(),
             mask: mask.clone(),
             normalizers: vec![softmax.clone(); n_head],
             means: vec![None; n_head],
@@ -68,18 +68,25 @@ impl Plan {
         Ok(())
     }
 
+    /// Chooses forms, as [`Plan::set_normalizers`] does normalizers, but only by layers.
+    pub fn set_forms(&mut self, text: &str) -> Result<()> {
+        for (selector, choice) in items(text) {
+            let choice = merge::Choice::parse(choice)?;
+            let layers = whole_layers("form", &choice.text(), selector)?;
+            let n_layer = self.layers.len();
+            let layers = &mut self.layers[range("layer", layers, n_layer)?];
+            layers.iter_mut().for_each(|layer| layer.form = choice.clone());
+        }
+        Ok(())
+    }
+
     /// Chooses masks, as [`Plan::set_normalizers`] does normalizers, but only by layers. A mask that
     /// reads a prompt more than once is for all of them.
     pub fn set_masks(&mut self, text: &str) -> Result<()> {
         let mut layers = self.layers.clone();
         for (selector, choice) in items(text) {
             let choice = mask::Choice::parse(choice)?;
-            if let Some((_, heads)) = selector.split_once('.') {
-                bad_usage!(
-                    "mask {}: heads \"{heads}\"; all heads of a layer have one mask",
-                    choice.text()
-                );
-            }
+            let selector = whole_layers("mask", &choice.text(), selector)?;
             let n_layer = layers.len();
             layers[range("layer", selector, n_layer)?]
                 .iter_mut()
@@ -126,7 +133,7 @@ impl Plan {
                 format!("{} ({n} settings)", kinds.join("+"))
             }
         };
-        let forms = once(layers.iter().map(|l| l.form.name().to_string()));
+        let forms = once(layers.iter().map(|l| l.form.text()));
         [norms, forms.join("+"), once(layers.iter().map(|l| l.mask.text())).join("+")]
     }
 }
@@ -154,6 +161,16 @@ fn items(text: &str) -> impl Iterator<Item = (&str, &str)> {
             _ => ("*", item),
         }
     })
+}
+
+/// A selector, unless it tells heads apart.
+fn whole_layers<'a>(what: &str, choice: &str, selector: &'a str) -> Result<&'a str> {
+    match selector.split_once('.') {
+        Some((_, heads)) => {
+            bad_usage!("{what} {choice}: heads \"{heads}\"; all heads of a layer have one {what}")
+        }
+        None => Ok(selector),
+    }
 }
 
 /// The part of `n` layers or heads that `text` selects.

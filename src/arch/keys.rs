@@ -133,7 +133,14 @@ impl<'a> Keys<'a> {
                     "layer {i}: {n_head} query heads are not a multiple of {n_head_kv} key and value heads"
                 );
             }
-            layers.push(LayerHparams { n_head, n_head_kv, n_ff, rotates: true, window: None });
+            layers.push(LayerHparams {
+                n_head,
+                n_head_kv,
+                n_ff,
+                rotates: true,
+                window: None,
+                rewritten: None,
+            });
         }
         Ok(layers)
     }

@@ -6,6 +6,7 @@ mod gpt2;
 mod keys;
 mod llama;
 mod qwen2;
+pub mod rewritten;
 
 pub use keys::Keys;
 
@@ -93,6 +94,20 @@ pub struct LayerHparams {
     pub rotates: bool,
     /// Keys that a query sees, itself included; `None` is all.
     pub window: Option<usize>,
+    /// Kv heads, where the layer has been rewritten; `None`: all have the model's widths.
+    pub rewritten: Option<Vec<KvHead>>,
+}
+
+/// Widths of a key and value head, and of the query heads that it serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvHead {
+    /// Elements of a query and a cached key.
+    pub score_dim: usize,
+    /// Elements of a cached value and of a head's output.
+    pub value_dim: usize,
+    /// Planes of the rotation that are left of it, paired as the model pairs them, in front of
+    /// elements that are not rotated; `None`: all of the model's.
+    pub planes: Option<Vec<usize>>,
 }
 
 /// A norm: `x / rms(x) * weight`, or `(x - mean) / std * weight + bias`.
@@ -193,8 +208,15 @@ impl Hparams {
         let Some(arch) = ARCHS.iter().find(|a| a.name == name) else {
             bad_file!("architecture \"{}\" is not supported; known: {}", excerpt(name), known());
         };
-        let hparams = (arch.read)(&Keys::new(gguf, arch.name))?;
+        let mut hparams = (arch.read)(&Keys::new(gguf, arch.name))?;
+        rewritten::read(gguf, &mut hparams)?;
         Ok(Hparams { n_vocab, ..hparams })
+    }
+
+    /// The kv heads of a layer.
+    pub fn kv_heads(&self, layer: &LayerHparams) -> Vec<KvHead> {
+        let trained = KvHead { score_dim: self.key_dim, value_dim: self.value_dim, planes: None };
+        layer.rewritten.clone().unwrap_or_else(|| vec![trained; layer.n_head_kv])
     }
 
     /// Number of layers.

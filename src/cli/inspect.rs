@@ -120,14 +120,14 @@ fn layers(gguf: &Gguf) -> Result<Vec<Map<String, Json>>> {
     let hparams = Hparams::read(gguf, n_vocab)?;
     let plan = Plan::trained(&hparams)?;
     let layers = plan.layers.into_iter().enumerate().map(|(i, plan)| {
-        let (form, mask) = (plan.form.name(), plan.mask.text());
+        let (form, mask) = (plan.form.text(), plan.mask.text());
         let g = Attention::new(&hparams, i, plan).geometry;
         let value = json!({
             "layer": i,
             "n_head": g.n_head,
-            "n_head_kv": g.n_head_kv,
-            "score_dim": g.score_dim,
-            "value_dim": g.value_dim,
+            "n_head_kv": g.n_head_kv(),
+            "score_dim": alike(g.kv.iter().map(|kv| kv.score_dim)),
+            "value_dim": alike(g.kv.iter().map(|kv| kv.value_dim)),
             "rope_dim": hparams.rope.as_ref().filter(|_| hparams.layers[i].rotates).map(|r| r.dim),
             "window": hparams.layers[i].window,
             "cached_per_token": g.cached(),
@@ -137,6 +137,12 @@ fn layers(gguf: &Gguf) -> Result<Vec<Map<String, Json>>> {
         value.as_object().cloned().unwrap_or_default()
     });
     Ok(layers.collect())
+}
+
+/// A number that all heads have, or that of each.
+fn alike(numbers: impl Iterator<Item = usize>) -> Json {
+    let all: Vec<usize> = numbers.collect();
+    if all.iter().all(|n| *n == all[0]) { all[0].into() } else { all.into() }
 }
 
 fn row(layer: &Map<String, Json>) -> String {

@@ -53,11 +53,11 @@ impl Run for Patterns {
         if tokens.is_empty() {
             bad_usage!("the text is empty");
         }
-        let geometry = model.attention[layers.start].geometry;
+        let per_kv = model.attention[layers.start].geometry.per_kv();
         let n_ctx = tokens.len() * model.plan.n_copies();
         let mut session = self.run.session(model, Some(n_ctx))?;
         let records = record(&mut session, &tokens, layers)?;
-        let arrays = arrays(&records, geometry.n_head / geometry.n_head_kv);
+        let arrays = arrays(&records, per_kv);
         let bytes = write(&arrays)?;
         replace_file(&self.out, |out| out(&bytes))?;
         for array in &arrays {

@@ -6,7 +6,8 @@ use std::ops::Range;
 use super::KvCache;
 use super::cache::GROUP;
 use super::forward::{Buffers, Pass, ThreadBuffers};
-use super::kernels::{Activations, LANES, Scratch, multiply};
+use super::kernels::{Activations, Copies, LANES, Scratch, multiply};
+use super::rows::Rows;
 use super::runs::{Run, Runs};
 use super::threads::Columns;
 use crate::attention::Attention;
@@ -190,15 +191,31 @@ pub(super) fn rows(n: usize, floats: &[f32], stride: usize) -> Activations<'_> {
     Activations { n, stride, floats, ..Activations::default() }
 }
 
+/// Takes queries of `dim` elements, with zeros up to `whole` of them.
+pub(super) fn fill_queries<'a>(
+    rows: &mut Rows,
+    n: usize,
+    (dim, whole): (usize, usize),
+    copies: Copies,
+    query: impl Fn(usize) -> &'a [f32],
+) {
+    rows.fill(n, whole, copies, |floats| {
+        for (i, to) in floats.chunks_exact_mut(whole).enumerate() {
+            to[..dim].copy_from_slice(query(i));
+            to[dim..].fill(0.0);
+        }
+    });
+}
+
 impl Buffers {
     /// Attention of the tokens in `q`, the first of which is at `position`, into `heads`.
     pub(super) fn attend(&mut self, pass: &Pass, layer: usize, cache: &KvCache, position: usize) {
         let attention = &pass.model.attention[layer];
-        let g = attention.geometry;
+        let g = &attention.geometry;
         if let Some(observer) = pass.observer.filter(|o| o.wants(layer)) {
             return self.observe(pass, (cache, layer), position, observer);
         }
-        let alone = self.q.len() == g.n_head * g.score_dim;
+        let alone = self.q.len() == g.query_width();
         match alone && attention.visible(position, pass.prompt).len() > SHORT {
             true => self.attend_one(pass, attention, (cache, layer), position),
             false => self.attend_blocks(pass, attention, (cache, layer), position),
@@ -213,8 +230,8 @@ impl Buffers {
         (cache, layer): (&KvCache, usize),
         position: usize,
     ) {
-        let g = attention.geometry;
-        let per_kv = g.n_head / g.n_head_kv;
+        let g = &attention.geometry;
+        let (n_head_kv, per_kv) = (g.n_head_kv(), g.per_kv());
         let visible = attention.visible(position, pass.prompt);
         let runs = Runs::by(std::iter::once(visible.clone()));
         let width = runs.width();
@@ -224,10 +241,13 @@ impl Buffers {
 
         let n_tasks = runs.n_parts(KEYS_PER_TASK);
         let out = Columns::new(&mut scores[..], width);
-        pass.crew.each_with(threads, g.n_head_kv * n_tasks, |own, task| {
+        pass.crew.each_with(threads, n_head_kv * n_tasks, |own, task| {
             let (head, part) = (task / n_tasks, runs.part(task % n_tasks, KEYS_PER_TASK));
-            let of_head = head * per_kv * g.score_dim..(head + 1) * per_kv * g.score_dim;
-            own.q.fill(per_kv, g.score_dim, copies, |floats| floats.copy_from_slice(&q[of_head]));
+            let start = g.queries(head * per_kv).start;
+            let dim = g.kv[head].score_dim;
+            fill_queries(&mut own.q, per_kv, (dim, cache.types().0.whole(dim)), copies, |i| {
+                &q[start + i * dim..][..dim]
+            });
             // SAFETY: tasks have keys of their own.
             unsafe {
                 let out = out.skip(head * per_kv);
@@ -237,16 +257,21 @@ impl Buffers {
         pass.crew.chunks(scores, width, |_, head, row| {
             runs.weigh(row, &visible, |scores| attention.weigh(position, head, scores));
         });
-        let n_tasks = g.value_dim.div_ceil(VALUES_PER_TASK);
-        let out = Columns::new(&mut heads.floats[..], g.value_dim);
-        pass.crew.each_with(threads, g.n_head_kv * n_tasks, |own, task| {
+        let widest = g.kv.iter().map(|kv| kv.value_dim).max().unwrap_or(0);
+        let n_tasks = widest.div_ceil(VALUES_PER_TASK);
+        let out = Columns::new(&mut heads.floats[..], heads.width);
+        pass.crew.each_with(threads, n_head_kv * n_tasks, |own, task| {
             let (head, start) = (task / n_tasks, task % n_tasks * VALUES_PER_TASK);
-            let elements = start..g.value_dim.min(start + VALUES_PER_TASK);
+            let dim = g.kv[head].value_dim;
+            if start >= dim {
+                return;
+            }
+            let elements = start..dim.min(start + VALUES_PER_TASK);
             let weights = rows(per_kv, &scores[head * per_kv * width..], width);
             let buffers = (&mut own.scratch, &mut own.mix);
             // SAFETY: tasks have elements of their own.
             unsafe {
-                let out = out.skip(head * per_kv);
+                let out = out.cut(g.outputs(head * per_kv).start, dim);
                 Head { cache, layer, head }.mix_runs(buffers, &weights, &runs, elements, out);
             }
         });
@@ -260,25 +285,25 @@ impl Buffers {
         (cache, layer): (&KvCache, usize),
         n_past: usize,
     ) {
-        let g = attention.geometry;
-        let per_kv = g.n_head / g.n_head_kv;
-        let (q_width, out_width) = (g.n_head * g.score_dim, g.n_head * g.value_dim);
+        let g = &attention.geometry;
+        let (n_head_kv, per_kv) = (g.n_head_kv(), g.per_kv());
+        let q_width = g.query_width();
         let n = self.q.len() / q_width;
         let n_block = (QUERY_ROWS / per_kv).max(1);
         let n_blocks = n.div_ceil(n_block);
         let copies = cache.key_copies();
         let Buffers { q, heads, threads, .. } = self;
-        let heads = Columns::new(&mut heads.floats[..], out_width);
+        let heads = Columns::new(&mut heads.floats[..], heads.width);
         // The longest rows first, so that no thread ends with one.
-        pass.crew.each_with(threads, g.n_head_kv * n_blocks, |own, task| {
-            let (head, block) = (task % g.n_head_kv, n_blocks - 1 - task / g.n_head_kv);
+        pass.crew.each_with(threads, n_head_kv * n_blocks, |own, task| {
+            let (head, block) = (task % n_head_kv, n_blocks - 1 - task / n_head_kv);
             let tokens = block * n_block..n.min((block + 1) * n_block);
             let n_rows = tokens.len() * per_kv;
-            let of_head = per_kv * g.score_dim;
-            own.q.fill(n_rows, g.score_dim, copies, |floats| {
-                for (to, t) in floats.chunks_exact_mut(of_head).zip(tokens.clone()) {
-                    to.copy_from_slice(&q[t * q_width + head * of_head..][..of_head]);
-                }
+            let start = g.queries(head * per_kv).start;
+            let (dim, value_dim) = (g.kv[head].score_dim, g.kv[head].value_dim);
+            fill_queries(&mut own.q, n_rows, (dim, cache.types().0.whole(dim)), copies, |r| {
+                let (t, i) = (tokens.start + r / per_kv, r % per_kv);
+                &q[t * q_width + start + i * dim..][..dim]
             });
             let visible = |t: usize| attention.visible(n_past + t, pass.prompt);
             let runs = Runs::by(tokens.clone().map(visible));
@@ -294,17 +319,17 @@ impl Buffers {
                 let (t, h) = (tokens.start + r / per_kv, head * per_kv + r % per_kv);
                 runs.weigh(row, &visible(t), |scores| attention.weigh(n_past + t, h, scores));
             }
-            out.resize(n_rows * g.value_dim, 0.0);
+            out.resize(n_rows * value_dim, 0.0);
             let weights = rows(n_rows, scores, width);
             // SAFETY: the output is this thread's own.
             unsafe {
-                let out = Columns::new(out, g.value_dim);
-                kv.mix_runs((scratch, mix), &weights, &runs, 0..g.value_dim, out);
+                let out = Columns::new(out, value_dim);
+                kv.mix_runs((scratch, mix), &weights, &runs, 0..value_dim, out);
             }
             for (i, t) in tokens.enumerate() {
-                let n = per_kv * g.value_dim;
+                let (n, start) = (per_kv * value_dim, g.outputs(head * per_kv).start);
                 // SAFETY: tasks have heads and tokens of their own.
-                unsafe { heads.part(t, head * n, n) }.copy_from_slice(&out[i * n..(i + 1) * n]);
+                unsafe { heads.part(t, start, n) }.copy_from_slice(&out[i * n..(i + 1) * n]);
             }
         });
     }

@@ -6,15 +6,17 @@
 //! scale for each position and 32 elements, which is multiplied into the position's weight
 //! ([`KvCache::value_scales`]), so that what is left is a matrix of whole numbers.
 
+#![allow(unsafe_code)]
+
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use memmap2::MmapMut;
 
 use super::kernels::{Copies, LANES, LAYOUTS, Panels};
-use super::threads::Crew;
+use super::threads::{Columns, Crew};
 use crate::bad_usage;
 use crate::error::Result;
-use crate::merge::Geometry;
+use crate::merge::{Geometry, KvHead};
 
 /// Elements that are stored at once before more than one thread is worth its while.
 const MIN_PARALLEL: usize = 8192;
@@ -52,6 +54,11 @@ impl CacheType {
     /// Whether elements are whole multiples of a scale.
     pub fn is_rounded(self) -> bool {
         matches!(self, CacheType::Q8_0 | CacheType::Q4_0)
+    }
+
+    /// Elements of a head of this width as they are stored: whole blocks.
+    pub(super) fn whole(self, dim: usize) -> usize {
+        if self.is_rounded() { dim.next_multiple_of(GROUP) } else { dim }
     }
 
     fn layout(self, of_keys: bool) -> usize {
@@ -107,11 +114,15 @@ pub struct KvCache {
 }
 
 /// For each kv head, keys: panels of [`LANES`] positions; values: panels of [`LANES`] elements, then
-/// their scales, `[value_dim / 32, n_ctx]`.
+/// their scales, `[value_dim / 32, n_ctx]`. Heads of a width that is not one of whole blocks have
+/// zeros after their elements.
 struct LayerCache {
     geometry: Geometry,
     keys: MmapMut,
     values: MmapMut,
+    /// Where the heads begin in either, and where the last ends.
+    key_starts: Vec<usize>,
+    value_starts: Vec<usize>,
 }
 
 impl KvCache {
@@ -128,31 +139,36 @@ impl KvCache {
                 _ => bad_usage!("no memory for a context of {n_ctx} tokens; ask for a shorter one"),
             }
         };
+        let places = n_ctx.checked_next_multiple_of(LANES);
+        let key_bytes = |dim: usize| {
+            let layout = &LAYOUTS[keys.layout(true)];
+            layout.panel_bytes(keys.whole(dim)).checked_mul(places? / LANES)
+        };
+        let value_bytes = |dim: usize| {
+            let layout = &LAYOUTS[values.layout(false)];
+            let dim = values.whole(dim);
+            let panel = (places? / layout.block_len).checked_mul(layout.row_bytes * LANES)?;
+            let scales = if values.is_rounded() { dim / GROUP * 2 } else { 0 };
+            panel.checked_mul(dim.div_ceil(LANES))?.checked_add(scales.checked_mul(places?)?)
+        };
+        // Where heads of these sizes begin; nothing if they are too large.
+        let starts = |geometry: &Geometry, size: &dyn Fn(&KvHead) -> Option<usize>| {
+            geometry.kv.iter().try_fold(vec![0usize], |mut starts, head| {
+                starts.push(starts.last()?.checked_add(size(head)?)?);
+                Some(starts)
+            })
+        };
         let layer = |geometry: Geometry| {
-            let Geometry { n_head_kv, score_dim, value_dim, .. } = geometry;
-            let widths = [("key", keys, score_dim), ("value", values, value_dim)];
-            for (what, ty, dim) in widths {
-                if ty.is_rounded() && !dim.is_multiple_of(GROUP) {
-                    bad_usage!(
-                        "--cache-type-{} {}: heads have {dim} elements per {what}, not a multiple of {GROUP}",
-                        &what[..1],
-                        ty.name()
-                    );
-                }
-            }
-            let places = n_ctx.checked_next_multiple_of(LANES);
-            let panel = |ty: CacheType, of_keys, n: usize| {
-                let layout = &LAYOUTS[ty.layout(of_keys)];
-                (n / layout.block_len).checked_mul(layout.row_bytes * LANES)
-            };
-            let key_bytes = places
-                .and_then(|n| panel(keys, true, score_dim)?.checked_mul(n / LANES * n_head_kv));
-            let value_bytes = places.and_then(|n| {
-                let scales = if values.is_rounded() { value_dim / GROUP * 2 } else { 0 };
-                let panels = panel(values, false, n)?.checked_mul(value_dim.div_ceil(LANES))?;
-                panels.checked_add(scales.checked_mul(n)?)?.checked_mul(n_head_kv)
-            });
-            Ok(LayerCache { geometry, keys: memory(key_bytes)?, values: memory(value_bytes)? })
+            let key_starts = starts(&geometry, &|head| key_bytes(head.score_dim));
+            let value_starts = starts(&geometry, &|head| value_bytes(head.value_dim));
+            let end = |starts: &Option<Vec<usize>>| starts.as_ref()?.last().copied();
+            Ok(LayerCache {
+                keys: memory(end(&key_starts))?,
+                values: memory(end(&value_starts))?,
+                key_starts: key_starts.unwrap_or_default(),
+                value_starts: value_starts.unwrap_or_default(),
+                geometry,
+            })
         };
         Ok(KvCache { n_ctx, keys, values, layers: layers.map(layer).collect::<Result<_>>()? })
     }
@@ -193,8 +209,8 @@ impl KvCache {
         LAYOUTS[self.values.layout(false)].panel_bytes(self.places())
     }
 
-    /// Stores keys and values of the positions from `n_past` on. `keys: [n, n_head_kv * score_dim]`,
-    /// `values: [n, n_head_kv * value_dim]`
+    /// Stores keys and values of the positions from `n_past` on. `keys: [n, sum of score_dim]`,
+    /// `values: [n, sum of value_dim]`
     pub(super) fn store(
         &mut self,
         crew: &Crew,
@@ -205,32 +221,39 @@ impl KvCache {
     ) {
         let (key_type, value_type) = (self.keys, self.values);
         let (places, value_stride) = (self.places(), self.value_stride());
-        let LayerCache { geometry: g, keys: key_cache, values: value_cache } =
+        let LayerCache { geometry, keys: key_cache, values: value_cache, key_starts, value_starts } =
             &mut self.layers[layer];
         let parallel = keys.len() + values.len() >= MIN_PARALLEL;
-        let each_head = |map: &mut MmapMut, f: &(dyn Fn(usize, &mut [u8]) + Sync)| {
-            let n_bytes = map.len() / g.n_head_kv;
-            match parallel {
-                true => crew.chunks(map, n_bytes, |_, i, m| f(i, m)),
-                false => map.chunks_exact_mut(n_bytes).enumerate().for_each(|(i, m)| f(i, m)),
-            }
-        };
-        let width = g.score_dim;
-        let stride = LAYOUTS[key_type.layout(true)].panel_bytes(width);
-        each_head(key_cache, &|head, cache| {
-            for (t, row) in keys.chunks_exact(g.n_head_kv * width).enumerate() {
+        let each_head =
+            |map: &mut MmapMut, starts: &[usize], f: &(dyn Fn(usize, &mut [u8]) + Sync)| {
+                let n_bytes = map.len();
+                let map = Columns::new(&mut map[..], n_bytes);
+                // SAFETY: heads have bytes of their own.
+                let part = |i: usize| unsafe { map.part(0, starts[i], starts[i + 1] - starts[i]) };
+                match parallel {
+                    true => crew.each(starts.len() - 1, |_, i| f(i, part(i))),
+                    false => (0..starts.len() - 1).for_each(|i| f(i, part(i))),
+                }
+            };
+        each_head(key_cache, key_starts, &|head, cache| {
+            let at = geometry.keys(head);
+            let stride = LAYOUTS[key_type.layout(true)].panel_bytes(key_type.whole(at.len()));
+            let mut whole = Whole::new(at.len(), key_type);
+            for (t, row) in keys.chunks_exact(geometry.key_width()).enumerate() {
                 let (panel, lane) = ((n_past + t) / LANES, (n_past + t) % LANES);
                 let cache = &mut cache[panel * stride..(panel + 1) * stride];
-                store_key(key_type, cache, lane, &row[head * width..(head + 1) * width]);
+                store_key(key_type, cache, lane, whole.of(&row[at.clone()]));
             }
         });
-        let width = g.value_dim;
-        each_head(value_cache, &|head, cache| {
-            let (cache, scales) = cache.split_at_mut(width.div_ceil(LANES) * value_stride);
-            for (t, row) in values.chunks_exact(g.n_head_kv * width).enumerate() {
-                let row = &row[head * width..(head + 1) * width];
+        each_head(value_cache, value_starts, &|head, cache| {
+            let at = geometry.values(head);
+            let mut whole = Whole::new(at.len(), value_type);
+            let n_panels = value_type.whole(at.len()).div_ceil(LANES);
+            let (cache, scales) = cache.split_at_mut(n_panels * value_stride);
+            for (t, row) in values.chunks_exact(geometry.value_width()).enumerate() {
                 let cache = (&mut *cache, &mut *scales);
-                store_value(value_type, cache, (n_past + t, places), row);
+                let value = whole.of(&row[at.clone()]);
+                store_value(value_type, cache, (n_past + t, places), value);
             }
         });
     }
@@ -238,12 +261,12 @@ impl KvCache {
     /// Keys of one kv head at `n` positions from `start` on, a multiple of [`LANES`]: rows are
     /// positions.
     pub(super) fn keys(&self, layer: usize, head: usize, start: usize, n: usize) -> Panels<'_> {
-        let LayerCache { geometry: g, keys, .. } = &self.layers[layer];
-        let per_head = keys.len() / g.n_head_kv;
+        let LayerCache { geometry, keys, key_starts, .. } = &self.layers[layer];
         let layout = self.keys.layout(true);
-        let stride = LAYOUTS[layout].panel_bytes(g.score_dim);
-        let bytes = &keys[head * per_head + start / LANES * stride..(head + 1) * per_head];
-        Panels { layout, bytes, stride, n_in: g.score_dim, n_rows: n }
+        let n_in = self.keys.whole(geometry.kv[head].score_dim);
+        let stride = LAYOUTS[layout].panel_bytes(n_in);
+        let bytes = &keys[key_starts[head] + start / LANES * stride..key_starts[head + 1]];
+        Panels { layout, bytes, stride, n_in, n_rows: n }
     }
 
     /// Values of one kv head: rows are `n_rows` elements from `row` on, columns at least the `n`
@@ -255,13 +278,12 @@ impl KvCache {
         (row, n_rows): (usize, usize),
         (start, n): (usize, usize),
     ) -> Panels<'_> {
-        let LayerCache { geometry: g, values, .. } = &self.layers[layer];
-        let per_head = values.len() / g.n_head_kv;
+        let LayerCache { values, value_starts, .. } = &self.layers[layer];
         let layout = self.values.layout(false);
         let stride = self.value_stride();
         let n_in = n.next_multiple_of(LAYOUTS[layout].block_len);
-        let at = head * per_head + row / LANES * stride + LAYOUTS[layout].panel_bytes(start);
-        let bytes = &values[at..(head + 1) * per_head];
+        let at = value_starts[head] + row / LANES * stride + LAYOUTS[layout].panel_bytes(start);
+        let bytes = &values[at..value_starts[head + 1]];
         Panels { layout, bytes, stride, n_in, n_rows }
     }
 
@@ -298,11 +320,29 @@ impl KvCache {
         row: usize,
         (start, n): (usize, usize),
     ) -> Option<&[u8]> {
-        let LayerCache { geometry: g, values, .. } = &self.layers[layer];
-        let per_head = values.len() / g.n_head_kv;
-        let at = g.value_dim.div_ceil(LANES) * self.value_stride();
-        let at = head * per_head + at + (row / GROUP * self.places() + start) * 2;
+        let LayerCache { geometry, values, value_starts, .. } = &self.layers[layer];
+        let dim = self.values.whole(geometry.kv[head].value_dim);
+        let at = value_starts[head] + dim.div_ceil(LANES) * self.value_stride();
+        let at = at + (row / GROUP * self.places() + start) * 2;
         self.values.is_rounded().then(|| &values[at..at + 2 * n])
+    }
+}
+
+/// Makes rows of one width rows of whole blocks.
+struct Whole(Vec<f32>);
+
+impl Whole {
+    fn new(dim: usize, ty: CacheType) -> Whole {
+        let n = ty.whole(dim);
+        Whole(if n > dim { vec![0.0; n] } else { Vec::new() })
+    }
+
+    fn of<'a>(&'a mut self, row: &'a [f32]) -> &'a [f32] {
+        if self.0.is_empty() {
+            return row;
+        }
+        self.0[..row.len()].copy_from_slice(row);
+        &self.0
     }
 }
 

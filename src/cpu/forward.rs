@@ -254,14 +254,15 @@ impl Buffers {
         let others = if hp.parallel { w.ffn_copies() } else { Copies::default() };
         self.norm(pass, &layer.attn_norm, w.qkv_copies() | others);
         self.project(pass, w, n);
-        self.rotate(pass, (i, layer), n);
+        self.norm_heads(pass, (i, layer));
+        self.rotate(pass, i, n);
         cache.store(pass.crew, i, pass.n_past, &self.k, &self.v);
         if rest.is_empty() {
             return;
         }
         if rest.len() < n {
             keep(&mut self.x, hp.n_embd, &rest);
-            keep(&mut self.q, w.attn_q.n_out, &rest);
+            keep(&mut self.q, pass.model.attention[i].geometry.query_width(), &rest);
             if hp.parallel {
                 keep(&mut self.normed.floats, hp.n_embd, &rest);
                 self.normed.resize(rest.len(), hp.n_embd);
@@ -271,13 +272,14 @@ impl Buffers {
         self.heads.resize(rest.len(), w.attn_output.n_in);
         self.attend(pass, i, cache, pass.n_past + rest.start);
         let attention = &pass.model.attention[i];
+        let g = &attention.geometry;
         self.heads.finish(pass.crew, w.attn_output.copies, |_, row| {
-            let heads = row.chunks_exact_mut(attention.geometry.value_dim).enumerate();
-            for (head, output) in heads {
+            for head in 0..g.n_head {
                 if let Some(mean) = attention.mean(head) {
-                    simd::add(output, mean);
+                    simd::add(&mut row[g.outputs(head)], mean);
                 }
             }
+            row[g.output_width()..].fill(0.0);
         });
     }
 
@@ -303,35 +305,62 @@ impl Buffers {
         products(pass.crew, &outs, &normed.view(), threads);
     }
 
-    /// Norms and rotates queries and keys, and scales queries by what scores are scaled with.
-    fn rotate(&mut self, pass: &Pass, (i, layer): (usize, &Layer), n: usize) {
+    /// Norms heads of queries and keys, and drops what the layer has no planes for.
+    fn norm_heads(&mut self, pass: &Pass, (i, layer): (usize, &Layer)) {
+        let Some((q_norm, k_norm)) = &layer.qk_norm else { return };
+        let hp = &pass.model.hparams;
+        let g = &pass.model.attention[i].geometry;
+        for (x, norm) in [(&mut self.q, q_norm), (&mut self.k, k_norm)] {
+            pass.crew.chunks(x, hp.key_dim, |_, _, head| norm_row(hp.norm, norm, head));
+        }
+        let Some(rotation) = pass.rotation.filter(|_| hp.layers[i].rewritten.is_some()) else {
+            return;
+        };
+        for (x, per_kv) in [(&mut self.q, g.per_kv()), (&mut self.k, 1)] {
+            let heads = g.kv.iter().flat_map(|kv| std::iter::repeat_n(kv, per_kv));
+            let mut end = 0;
+            for (at, kv) in (0..x.len()).step_by(hp.key_dim).zip(heads.cycle()) {
+                // What is kept never comes before where it goes.
+                let head = x[at..at + hp.key_dim].to_vec();
+                rotation.keep(kv.planes.as_deref(), &head, &mut x[end..end + kv.score_dim]);
+                end += kv.score_dim;
+            }
+            x.truncate(end);
+        }
+    }
+
+    /// Rotates queries and keys, and scales queries by what scores are scaled with.
+    fn rotate(&mut self, pass: &Pass, i: usize, n: usize) {
         let hp = &pass.model.hparams;
         let rotation = pass.rotation.filter(|_| hp.layers[i].rotates);
-        let norms = layer.qk_norm.as_ref();
-        let scale = pass.model.attention[i].scale();
+        let attention = &pass.model.attention[i];
+        let (g, scale) = (&attention.geometry, attention.scale());
         let angles = &self.angles;
-        let head = |t: usize, norm: Option<&NormWeight>, x: &mut [f32]| {
-            if let Some(norm) = norm {
-                norm_row(hp.norm, norm, x);
-            }
-            if let Some(rotation) = rotation {
-                rotation.rotate(&angles[t], x);
-            }
+        let of_kv = |t: usize, kv: usize, x: &mut [f32]| {
+            let Some(rotation) = rotation else { return };
+            rotation.rotate(&angles[t], g.kv[kv].planes.as_deref(), x);
         };
         let width = self.q.len() / n;
         pass.crew.chunks(&mut self.q, width, |_, t, row| {
-            for x in row.chunks_exact_mut(hp.key_dim) {
-                head(t, norms.map(|n| &n.0), x);
+            let mut rest = &mut row[..];
+            for head in 0..g.n_head {
+                let kv = head / g.per_kv();
+                let (x, next) = rest.split_at_mut(g.kv[kv].score_dim);
+                of_kv(t, kv, x);
+                rest = next;
             }
             simd::scale(row, scale);
         });
-        if rotation.is_none() && norms.is_none() {
+        if rotation.is_none() {
             return;
         }
         let width = self.k.len() / n;
         pass.crew.chunks(&mut self.k, width, |_, t, row| {
-            for x in row.chunks_exact_mut(hp.key_dim) {
-                head(t, norms.map(|n| &n.1), x);
+            let mut rest = &mut row[..];
+            for (kv, at) in g.kv.iter().enumerate() {
+                let (x, next) = rest.split_at_mut(at.score_dim);
+                of_kv(t, kv, x);
+                rest = next;
             }
         });
     }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::KvCache;
-use super::attend::{Head, rows};
+use super::attend::{Head, fill_queries, rows};
 use super::forward::{Buffers, Engine, Pass, ThreadBuffers};
 use super::kernels::LANES;
 use super::runs::Runs;
@@ -74,9 +74,8 @@ impl Buffers {
         observer: &dyn Observer,
     ) {
         let attention = &pass.model.attention[layer];
-        let g = attention.geometry;
-        let per_kv = g.n_head / g.n_head_kv;
-        let (q_width, out_width) = (g.n_head * g.score_dim, g.n_head * g.value_dim);
+        let g = &attention.geometry;
+        let (q_width, per_kv) = (g.query_width(), g.per_kv());
         let n = self.q.len() / q_width;
         let n_keys = position + n;
         let visible = |t: usize| attention.visible(position + t, pass.prompt);
@@ -84,13 +83,11 @@ impl Buffers {
         let width = runs.width();
         let copies = cache.key_copies();
         let Buffers { q, heads, threads, .. } = self;
-        let heads = Columns::new(&mut heads.floats[..], out_width);
+        let heads = Columns::new(&mut heads.floats[..], heads.width);
         pass.crew.each_with(threads, g.n_head, |own, head| {
-            own.q.fill(n, g.score_dim, copies, |floats| {
-                for (to, q) in floats.chunks_exact_mut(g.score_dim).zip(q.chunks_exact(q_width)) {
-                    to.copy_from_slice(&q[head * g.score_dim..][..g.score_dim]);
-                }
-            });
+            let (at, value_dim) = (g.queries(head), g.kv[head / per_kv].value_dim);
+            let dims = (at.len(), cache.types().0.whole(at.len()));
+            fill_queries(&mut own.q, n, dims, copies, |t| &q[t * q_width..][at.clone()]);
             let kv = Head { cache, layer, head: head / per_kv };
             let mut padded = vec![0.0; n * width];
             let out = Columns::new(&mut padded, width);
@@ -109,17 +106,17 @@ impl Buffers {
                     visible.spread(row, &mut weights[at]);
                 });
             }
-            let values = kv.all_values(own, n_keys, g.value_dim);
-            let mut outputs = vec![0.0; n * g.value_dim];
-            let out = Columns::new(&mut outputs, g.value_dim);
+            let values = kv.all_values(own, n_keys, value_dim);
+            let mut outputs = vec![0.0; n * value_dim];
+            let out = Columns::new(&mut outputs, value_dim);
             let buffers = (&mut own.scratch, &mut own.mix);
             // SAFETY: the output is this thread's own.
             unsafe {
-                kv.mix_runs(buffers, &rows(n, &padded, width), &runs, 0..g.value_dim, out);
+                kv.mix_runs(buffers, &rows(n, &padded, width), &runs, 0..value_dim, out);
             }
-            for (t, output) in outputs.chunks_exact(g.value_dim).enumerate() {
+            for (t, output) in outputs.chunks_exact(value_dim).enumerate() {
                 // SAFETY: tasks have heads of their own.
-                unsafe { heads.part(t, head * g.value_dim, g.value_dim) }.copy_from_slice(output);
+                unsafe { heads.part(t, g.outputs(head).start, value_dim) }.copy_from_slice(output);
             }
             observer.see(&Seen {
                 layer,

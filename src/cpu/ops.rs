@@ -59,6 +59,28 @@ impl Rotation {
         Rotation { pairing: rope.pairing, frequencies, magnitude }
     }
 
+    /// The elements of a head that are those of a plane.
+    pub(super) fn pair(&self, plane: usize, n_planes: usize) -> [usize; 2] {
+        match self.pairing {
+            Pairing::Adjacent => [2 * plane, 2 * plane + 1],
+            Pairing::Half => [plane, plane + n_planes],
+        }
+    }
+
+    /// Copies those elements of a head that are of some planes, or of all, and those that are of
+    /// none as far as there is room.
+    pub(super) fn keep(&self, planes: Option<&[usize]>, head: &[f32], to: &mut [f32]) {
+        let n = self.frequencies.len();
+        let n_kept = planes.map_or(n, <[usize]>::len);
+        for i in 0..n_kept {
+            let from = self.pair(planes.map_or(i, |planes| planes[i]), n);
+            let at = self.pair(i, n_kept);
+            (to[at[0]], to[at[1]]) = (head[from[0]], head[from[1]]);
+        }
+        let rest = &mut to[2 * n_kept..];
+        rest.copy_from_slice(&head[2 * n..][..rest.len()]);
+    }
+
     /// Cosines and sines at a position. `[dim / 2]` each
     pub(super) fn angles(&self, position: usize, out: &mut Vec<[f32; 2]>) {
         out.clear();
@@ -68,14 +90,12 @@ impl Rotation {
         }));
     }
 
-    /// Rotates the first elements of a head; elements past the rotated ones stay.
-    pub(super) fn rotate(&self, angles: &[[f32; 2]], head: &mut [f32]) {
-        let half = angles.len();
-        for (i, [cos, sin]) in angles.iter().enumerate() {
-            let (a, b) = match self.pairing {
-                Pairing::Adjacent => (2 * i, 2 * i + 1),
-                Pairing::Half => (i, i + half),
-            };
+    /// Rotates the first elements of a head, those of all planes or of some; elements past them stay.
+    pub(super) fn rotate(&self, angles: &[[f32; 2]], planes: Option<&[usize]>, head: &mut [f32]) {
+        let half = planes.map_or(angles.len(), <[usize]>::len);
+        for i in 0..half {
+            let [cos, sin] = angles[planes.map_or(i, |planes| planes[i])];
+            let [a, b] = self.pair(i, half);
             let (x, y) = (head[a], head[b]);
             head[a] = x * cos - y * sin;
             head[b] = x * sin + y * cos;

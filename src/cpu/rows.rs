@@ -11,7 +11,7 @@ use crate::simd;
 #[derive(Default)]
 pub(super) struct Rows {
     n: usize,
-    width: usize,
+    pub(super) width: usize,
     /// `[n, width]`
     pub(super) floats: Vec<f32>,
     quants: Vec<i8>,

@@ -333,6 +333,14 @@ impl<'a, T> Columns<'a, T> {
         Columns { data: unsafe { self.data.add(n * self.width) }, n: self.n - n, ..*self }
     }
 
+    /// The first row from `start` on, cut into rows of `width` elements.
+    pub fn cut(&self, start: usize, width: usize) -> Columns<'a, T> {
+        let start = start.min(if self.n > 0 { self.width } else { 0 });
+        let n = if self.n > 0 { (self.width - start) / width.max(1) } else { 0 };
+        // SAFETY: inside `data`, or at its end.
+        Columns { data: unsafe { self.data.add(start) }, n, width, ..*self }
+    }
+
     /// `len` elements of `row`, from `start` on.
     ///
     /// # Safety

@@ -405,7 +405,7 @@ fn fit_layer(
             layer,
             head,
             n_ctx_train: model.hparams.n_ctx_train,
-            dim: model.attention[layer].geometry.value_dim,
+            dim: model.attention[layer].geometry.outputs(head).len(),
             wanted: Vec::new(),
             means,
         };

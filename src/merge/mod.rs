@@ -9,6 +9,9 @@ mod split;
 
 use faer::Mat;
 
+use std::ops::Range;
+
+pub use crate::arch::KvHead;
 use crate::arch::{Hparams, LayerHparams};
 use crate::bad_usage;
 use crate::error::Result;
@@ -31,14 +34,19 @@ pub trait Form: Sync + Send {
     }
 
     /// Whether a layer can have it; if not, the reason.
-    fn applies(&self, site: &Site) -> Result<(), String>;
+    fn applies(&self, site: &Site) -> Verdict;
 
     /// Whether a layer then computes what it was trained to, but for rounding; if not, the reason.
-    fn exact(&self, site: &Site) -> Result<(), String>;
+    fn exact(&self, site: &Site) -> Verdict;
 
     /// The shape that attention has in a layer as it is in its file, rewritten or not.
-    fn geometry(&self, hparams: &Hparams, layer: &LayerHparams) -> Geometry;
+    fn geometry(&self, hparams: &Hparams, layer: &LayerHparams) -> Geometry {
+        Geometry { n_head: layer.n_head, kv: hparams.kv_heads(layer) }
+    }
 }
+
+/// Yes, or the reason why not.
+pub type Verdict = std::result::Result<(), String>;
 
 /// A layer that a form is to be used in.
 #[derive(Clone, Copy)]
@@ -74,18 +82,6 @@ pub struct Geometry {
     pub n_head: usize,
     /// Cached key and value heads; each serves as many query heads in a row.
     pub kv: Vec<KvHead>,
-}
-
-/// Widths of one cached head and of the query heads that it serves.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KvHead {
-    /// Elements of a query and a cached key.
-    pub score_dim: usize,
-    /// Elements of a cached value and of a head's output.
-    pub value_dim: usize,
-    /// Planes of the rotation that its keys have, in their order; `None`: all of them, if any. The
-    /// elements after those of the planes are not rotated.
-    pub planes: Option<Vec<usize>>,
 }
 
 /// A matrix that is to be rewritten, with its bias.
@@ -195,11 +191,6 @@ impl Choice {
 }
 
 impl Geometry {
-    /// Heads that are all alike.
-    pub fn uniform(n_head: usize, n_head_kv: usize, head: KvHead) -> Geometry {
-        Geometry { n_head, kv: vec![head; n_head_kv] }
-    }
-
     /// Kv heads.
     pub fn n_head_kv(&self) -> usize {
         self.kv.len()
@@ -210,8 +201,57 @@ impl Geometry {
         self.n_head / self.kv.len()
     }
 
+    /// Place of a query head in a row of queries.
+    pub fn queries(&self, head: usize) -> Range<usize> {
+        self.place(head, |kv| kv.score_dim)
+    }
+
+    /// Place of a query head in a row of outputs.
+    pub fn outputs(&self, head: usize) -> Range<usize> {
+        self.place(head, |kv| kv.value_dim)
+    }
+
+    /// Place of a kv head in a row of keys.
+    pub fn keys(&self, head: usize) -> Range<usize> {
+        let start = self.kv[..head].iter().map(|kv| kv.score_dim).sum();
+        start..start + self.kv[head].score_dim
+    }
+
+    /// Place of a kv head in a row of values.
+    pub fn values(&self, head: usize) -> Range<usize> {
+        let start = self.kv[..head].iter().map(|kv| kv.value_dim).sum();
+        start..start + self.kv[head].value_dim
+    }
+
     /// Cached elements per token.
     pub fn cached(&self) -> usize {
-        self.kv.iter().map(|head| head.score_dim + head.value_dim).sum()
+        self.key_width() + self.value_width()
+    }
+
+    /// Elements of a row of keys.
+    pub fn key_width(&self) -> usize {
+        self.kv.iter().map(|kv| kv.score_dim).sum()
+    }
+
+    /// Elements of a row of values.
+    pub fn value_width(&self) -> usize {
+        self.kv.iter().map(|kv| kv.value_dim).sum()
+    }
+
+    /// Elements of a row of queries.
+    pub fn query_width(&self) -> usize {
+        self.per_kv() * self.key_width()
+    }
+
+    /// Elements of a row of outputs.
+    pub fn output_width(&self) -> usize {
+        self.per_kv() * self.value_width()
+    }
+
+    fn place(&self, head: usize, dim: impl Fn(&KvHead) -> usize) -> Range<usize> {
+        let (kv, i) = (head / self.per_kv(), head % self.per_kv());
+        let before: usize = self.kv[..kv].iter().map(&dim).sum();
+        let start = before * self.per_kv() + i * dim(&self.kv[kv]);
+        start..start + dim(&self.kv[kv])
     }
 }

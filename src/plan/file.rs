@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::Plan;
+use crate::arch::Hparams;
 use crate::bad_file;
 use crate::bad_usage;
 use crate::error::{Error, Result};
@@ -69,8 +70,8 @@ impl PlanFile {
         toml::to_string_pretty(self).map_err(|e| Error::Runtime(format!("plan file: {e}")))
     }
 
-    /// Changes a plan of a model with this hash and width of values.
-    pub fn apply(&self, plan: &mut Plan, model: &str, value_dim: usize) -> Result<()> {
+    /// Changes a plan of a model with this hash and these hyper-parameters.
+    pub fn apply(&self, plan: &mut Plan, model: &str, hparams: &Hparams) -> Result<()> {
         if let Some(fitted) = &self.model
             && fitted != model
         {
@@ -83,10 +84,12 @@ impl PlanFile {
         plan.set_masks(&self.mask.join(";"))?;
         for (at, mean) in &self.means {
             let place = at.split_once('.').and_then(|(layer, head)| {
-                let layer = plan.layers.get_mut(layer.parse::<usize>().ok()?)?;
-                layer.means.get_mut(head.parse::<usize>().ok()?)
+                let (i, head) = (layer.parse::<usize>().ok()?, head.parse::<usize>().ok()?);
+                let layer = plan.layers.get_mut(i)?;
+                let dim = layer.form.form().geometry(hparams, &hparams.layers[i]).outputs(head);
+                Some((layer.means.get_mut(head)?, dim.len()))
             });
-            let Some(place) = place else {
+            let Some((place, value_dim)) = place else {
                 bad_usage!("the plan has a mean for head \"{at}\", which the model does not have");
             };
             if mean.len() != value_dim || mean.iter().any(|x| !x.is_finite()) {

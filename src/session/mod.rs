@@ -89,7 +89,7 @@ impl Session {
             warnings
                 .push(format!("context {n_ctx} is longer than the {trained} tokens trained for"));
         }
-        let geometry = model.attention.iter().map(|a| a.geometry);
+        let geometry = model.attention.iter().map(|a| a.geometry.clone());
         let cache = KvCache::new(geometry, n_ctx, options.cache)?;
         let engine = Engine::new(&model, options.n_threads, options.pin, options.exact)?;
         let (tokens, prompts, logits) = (Vec::new(), Vec::new(), Vec::new());
