@@ -37,13 +37,13 @@ pub(super) struct Buffers {
     /// The residual stream. `[n, n_embd]`
     pub(super) x: Vec<f32>,
     /// A normed copy of it. `[n, n_embd]`
-    normed: Rows,
+    pub(super) normed: Rows,
     /// What a block adds to it. `[n, n_embd]`
     added: Vec<f32>,
     /// Queries `[n, n_head * key_dim]`, keys and values `[n, n_head_kv * ..]`.
     pub(super) q: Vec<f32>,
     k: Vec<f32>,
-    v: Vec<f32>,
+    pub(super) v: Vec<f32>,
     /// Outputs of the heads. `[n, n_head * value_dim]`
     pub(super) heads: Rows,
     /// Scores of a single token. `[n_head, n_keys]`
@@ -190,7 +190,7 @@ impl Buffers {
         self.embed(pass, tokens);
         let last = pass.model.layers.len() - 1;
         // After the last cache is filled, only tokens whose logits are asked for go on.
-        let early = !pass.observer.is_some_and(|o| o.wants(last));
+        let early = !pass.observer.is_some_and(|o| o.wants(last) || o.wants_heads(last));
         for i in 0..=last {
             let rest = if i == last && early { wanted.clone() } else { 0..tokens.len() };
             self.layer(pass, i, cache, rest);
@@ -255,6 +255,8 @@ impl Buffers {
         self.norm(pass, &layer.attn_norm, w.qkv_copies() | others);
         self.project(pass, w, n);
         self.norm_heads(pass, (i, layer));
+        let looks = pass.observer.filter(|o| o.wants_heads(i));
+        let before = looks.map(|_| (self.q.clone(), self.k.clone()));
         self.rotate(pass, i, n);
         cache.store(pass.crew, i, pass.n_past, &self.k, &self.v);
         if rest.is_empty() {
@@ -281,6 +283,9 @@ impl Buffers {
             }
             row[g.output_width()..].fill(0.0);
         });
+        if let (Some(observer), Some((q, k))) = (looks, before) {
+            self.show_heads(pass, i, (&q, &k), observer);
+        }
     }
 
     /// A normed copy of the residual stream.

@@ -18,4 +18,4 @@ mod weights;
 pub use cache::{CacheType, KvCache};
 pub use forward::{Engine, Threads};
 pub use limits::Limits;
-pub use observe::{Observer, Seen};
+pub use observe::{Observer, Seen, SeenHead, SeenRows};

@@ -1,6 +1,8 @@
 //! A look into attention: scores, weights, values and outputs of every head.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use super::KvCache;
 use super::attend::{Head, fill_queries, rows};
 use super::forward::{Buffers, Engine, Pass, ThreadBuffers};
@@ -17,7 +19,60 @@ pub trait Observer: Sync {
 
     /// Sees what one query head made of a batch of tokens. Called from several threads, once for
     /// every head and batch.
-    fn see(&self, seen: &Seen);
+    fn see(&self, _: &Seen) {}
+
+    /// Whether what the heads of a layer work with is looked at, without scores and weights.
+    fn wants_heads(&self, _: usize) -> bool {
+        false
+    }
+
+    /// Sees it. Called from several threads, once for every query head and batch.
+    fn see_head(&self, _: &SeenHead) {}
+}
+
+/// What one query head of a batch of `n` tokens works with: before rotation, after norms of heads.
+#[derive(Debug, Clone, Copy)]
+pub struct SeenHead<'a> {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Query head, from 0.
+    pub head: usize,
+    /// The layer's normed input, from which all heads are made. `[n, n_embd]`
+    pub inputs: &'a [f32],
+    /// Queries, `dim` elements from `start` on of every row.
+    pub queries: SeenRows<'a>,
+    /// Keys of the kv head that serves this one.
+    pub keys: SeenRows<'a>,
+    /// Values of the same.
+    pub values: SeenRows<'a>,
+    /// Outputs: values mixed with weights.
+    pub outputs: SeenRows<'a>,
+}
+
+/// A part of every row of a matrix.
+#[derive(Debug, Clone, Copy)]
+pub struct SeenRows<'a> {
+    data: &'a [f32],
+    width: usize,
+    start: usize,
+    dim: usize,
+}
+
+impl<'a> SeenRows<'a> {
+    fn new(data: &'a [f32], width: usize, at: Range<usize>) -> SeenRows<'a> {
+        SeenRows { data, width, start: at.start, dim: at.len() }
+    }
+
+    /// The rows, one for each token.
+    pub fn iter(&self) -> impl Iterator<Item = &'a [f32]> {
+        let SeenRows { start, dim, .. } = *self;
+        self.data.chunks_exact(self.width).map(move |row| &row[start..start + dim])
+    }
+
+    /// Elements of a row.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
 }
 
 /// What one query head made of a batch of `n` tokens. `n_keys`: the tokens up to the batch's last.
@@ -64,6 +119,30 @@ impl Head<'_> {
 }
 
 impl Buffers {
+    /// Shows the heads of a layer to `observer`; `q` and `k` are as they were before rotation.
+    pub(super) fn show_heads(
+        &self,
+        pass: &Pass,
+        layer: usize,
+        (q, k): (&[f32], &[f32]),
+        observer: &dyn Observer,
+    ) {
+        let g = &pass.model.attention[layer].geometry;
+        let heads = &self.heads;
+        pass.crew.each(g.n_head, |_, head| {
+            let kv = head / g.per_kv();
+            observer.see_head(&SeenHead {
+                layer,
+                head,
+                inputs: &self.normed.floats,
+                queries: SeenRows::new(q, g.query_width(), g.queries(head)),
+                keys: SeenRows::new(k, g.key_width(), g.keys(kv)),
+                values: SeenRows::new(&self.v, g.value_width(), g.values(kv)),
+                outputs: SeenRows::new(&heads.floats, heads.width, g.outputs(head)),
+            });
+        });
+    }
+
     /// Attention of the tokens in `q`, the first of which is at `position`, into `heads`, a head at
     /// a time, each of which is shown to `observer`.
     pub(super) fn observe(
