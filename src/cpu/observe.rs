@@ -59,7 +59,8 @@ pub struct SeenRows<'a> {
 }
 
 impl<'a> SeenRows<'a> {
-    fn new(data: &'a [f32], width: usize, at: Range<usize>) -> SeenRows<'a> {
+    /// Elements `at` of every row of `width`.
+    pub fn new(data: &'a [f32], width: usize, at: Range<usize>) -> SeenRows<'a> {
         SeenRows { data, width, start: at.start, dim: at.len() }
     }
 

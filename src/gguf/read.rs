@@ -149,6 +149,27 @@ impl Gguf {
         Ok(self)
     }
 
+    /// This file with the metadata of another one in place of its own, and that one's tensors in place
+    /// of those of the same name, or after the last. Nothing is copied.
+    pub fn overlaid(&self, mut over: Gguf) -> Gguf {
+        let shift = over.parts.len();
+        over.parts.extend(self.parts.iter().cloned());
+        let mut tensors = Vec::new();
+        let replaced = |t: &Tensor| over.by_name.get(&t.name).map(|i| over.tensors[*i].clone());
+        for tensor in &self.tensors {
+            let own = || Tensor { part: tensor.part + shift, ..tensor.clone() };
+            tensors.push(replaced(tensor).unwrap_or_else(own));
+        }
+        let new = over.tensors.iter().filter(|t| !self.by_name.contains_key(&t.name));
+        tensors.extend(new.cloned());
+        let names = tensors.iter().map(|t| t.name.clone());
+        over.by_name = names.zip(0..).collect();
+        over.tensors = tensors;
+        over.warnings.clone_from(&self.warnings);
+        over.version = self.version;
+        over
+    }
+
     fn read_entry(&mut self, at: &mut Cursor) -> Result<()> {
         let start = at.pos;
         let key = at.string("key", MAX_KEY)?;
