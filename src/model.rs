@@ -3,6 +3,10 @@
 //! A [`Model`] is plain data. Weights stay in the mapped file in their own format; only norms and
 //! biases are read into memory.
 
+mod rewrite;
+
+pub use rewrite::NewLayer;
+
 use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
@@ -367,6 +371,10 @@ impl Binder<'_> {
         let g = Geometry { n_head: layer.n_head, kv: hp.kv_heads(layer) };
         let blk = format!("blk.{i}");
         let at = |name: &str| format!("{blk}.{name}");
+        let output_bias = match layer.rewritten {
+            Some(_) => Bias::Optional,
+            None => hp.attn_output_bias,
+        };
         // Norms of heads need what a form leaves out of the cache.
         let [q, k] = match hp.qk_norm {
             true => [layer.n_head * dk, layer.n_head_kv * dk],
@@ -383,7 +391,7 @@ impl Binder<'_> {
             attn_q,
             attn_k,
             attn_v,
-            attn_output: self.linear(&at("attn_output"), n_heads_out, e, hp.attn_output_bias)?,
+            attn_output: self.linear(&at("attn_output"), n_heads_out, e, output_bias)?,
             qk_norm: match hp.qk_norm {
                 true => Some((
                     self.norm(&at("attn_q_norm"), dk, hp)?,

@@ -31,6 +31,8 @@ pub struct Gguf {
     by_key: HashMap<String, usize>,
     tensors: Vec<Tensor>,
     by_name: HashMap<String, usize>,
+    /// The hash of the file that this one was made of in memory.
+    origin: Option<String>,
 }
 
 /// One metadata pair, as places in the first part.
@@ -95,6 +97,7 @@ impl Gguf {
             by_key: HashMap::new(),
             tensors: Vec::new(),
             by_name: HashMap::new(),
+            origin: None,
         };
         let mut at = Cursor { bytes: &bytes, pos: 0 };
         let (version, n_tensors, n_kv) = header(&mut at)?;
@@ -167,6 +170,7 @@ impl Gguf {
         over.tensors = tensors;
         over.warnings.clone_from(&self.warnings);
         over.version = self.version;
+        over.origin = Some(self.hash());
         over
     }
 
@@ -315,8 +319,12 @@ impl Gguf {
     }
 
     /// A number for the weights, in hexadecimal: SHA-256, cut to 128 bits, of the names, types, shapes
-    /// and both ends of all tensors. Reads two pages of each.
+    /// and both ends of all tensors. Reads two pages of each. What was made of a file in memory has the
+    /// number of the file.
     pub fn hash(&self) -> String {
+        if let Some(origin) = &self.origin {
+            return origin.clone();
+        }
         const END: usize = 4096;
         let mut hash = Sha256::new();
         for tensor in &self.tensors {

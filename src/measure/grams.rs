@@ -141,7 +141,8 @@ pub fn gather(
 ) -> Result<Vec<Grams>> {
     let n_tokens: usize = sequences.iter().map(Vec::len).sum();
     let attention = &session.model().attention;
-    let most = attention.iter().flat_map(|a| &a.geometry.kv).map(|kv| kv.score_dim.max(kv.value_dim));
+    let most =
+        attention.iter().flat_map(|a| &a.geometry.kv).map(|kv| kv.score_dim.max(kv.value_dim));
     let needed = most.max().unwrap_or(0);
     if n_tokens < needed {
         bad_usage!(

@@ -5,6 +5,7 @@ pub mod calibrate;
 pub mod compare;
 mod divergence;
 pub mod export;
+pub mod forms;
 pub mod grams;
 pub mod heads;
 pub mod latency;

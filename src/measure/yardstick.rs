@@ -18,16 +18,16 @@ fn fits(tensor: &Tensor, format: &Format) -> bool {
 
 /// Formats that can be written and take less room than the model's matrices do, largest first.
 pub fn smaller_formats(gguf: &Gguf) -> Vec<&'static Format> {
-    let bits = |format: &Format| format.ty.block_bytes as f64 * 8.0 / format.ty.block_len as f64;
     let is_smaller = |format: &&Format| {
         let matrices = || gguf.tensors().iter().filter(|t| fits(t, format));
         let n: u64 = matrices().map(|t| t.n_elements()).sum();
         let own: usize = matrices().map(|t| 8 * t.n_bytes()).sum();
         // Rounding to a format that is as large would tell something else.
-        format.can_quantize() && bits(format) < 0.99 * own as f64 / n as f64
+        let rounds = format.can_quantize() && format.ty.block_len > 1;
+        rounds && format.bits() < 0.99 * own as f64 / n as f64
     };
     let mut formats: Vec<_> = FORMATS.iter().filter(is_smaller).collect();
-    formats.sort_by(|a, b| bits(b).total_cmp(&bits(a)));
+    formats.sort_by(|a, b| b.bits().total_cmp(&a.bits()));
     formats
 }
 

@@ -39,6 +39,17 @@ pub trait Form: Sync + Send {
     /// Whether a layer then computes what it was trained to, but for rounding; if not, the reason.
     fn exact(&self, site: &Site) -> Verdict;
 
+    /// Whether it is made with what heads make of a text.
+    fn needs_grams(&self, _: &Choice) -> bool {
+        false
+    }
+
+    /// New matrices for layers that all have this form with the values of `choice`; `None` for those
+    /// that keep theirs.
+    fn rewrite(&self, _: &Choice, layers: &[Trained]) -> Result<Vec<Option<Rewritten>>> {
+        Ok(vec![None; layers.len()])
+    }
+
     /// The shape that attention has in a layer as it is in its file, rewritten or not.
     fn geometry(&self, hparams: &Hparams, layer: &LayerHparams) -> Geometry {
         Geometry { n_head: layer.n_head, kv: hparams.kv_heads(layer) }
@@ -73,6 +84,16 @@ impl Site<'_> {
     pub fn rotates(&self) -> bool {
         self.hparams.rope.is_some() && self.at().rotates
     }
+}
+
+/// A layer to be rewritten.
+pub struct Trained<'a> {
+    /// Where it is.
+    pub site: Site<'a>,
+    /// Reads its matrices; they are large, and not kept.
+    pub weights: &'a (dyn Fn() -> Weights + Sync),
+    /// What its heads make of a text, if the form needs it.
+    pub grams: Option<&'a Grams>,
 }
 
 /// What attention looks like in one layer.
@@ -116,6 +137,19 @@ pub struct Rewritten {
     pub weights: Weights,
     /// The shape.
     pub geometry: Geometry,
+    /// Of each kv head, how far its logits are changed, relative to their size: the root of the share
+    /// of their squares that is lost.
+    pub score_errors: Vec<f64>,
+    /// The same of its outputs.
+    pub output_errors: Vec<f64>,
+}
+
+impl Rewritten {
+    /// The root mean square of all errors.
+    pub fn error(&self) -> f64 {
+        let all = || self.score_errors.iter().chain(&self.output_errors);
+        (all().map(|e| e * e).sum::<f64>() / all().count().max(1) as f64).sqrt()
+    }
 }
 
 /// Second moments of what the heads of a layer make of a text, in `f64`, before any rotation and

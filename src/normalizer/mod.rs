@@ -248,6 +248,21 @@ impl Choice {
         self.kind
     }
 
+    /// Whether a constant added to all scores of a row changes nothing.
+    pub fn is_shift_invariant(&self) -> bool {
+        self.kind.shift_invariant && self.is_default()
+    }
+
+    /// Whether the weights of a row sum to 1.
+    pub fn sums_to_one(&self) -> bool {
+        self.kind.sums_to_one && self.is_default()
+    }
+
+    fn is_default(&self) -> bool {
+        let params = self.kind.params.iter().chain(COMMON);
+        params.zip(&self.values).all(|(param, value)| param.default == *value)
+    }
+
     /// What [`Choice::parse`] reads, with those values that are not defaults.
     pub fn text(&self) -> String {
         param::show(self.kind.name, self.kind.params.iter().chain(COMMON), &self.values)

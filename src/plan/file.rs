@@ -25,6 +25,9 @@ pub struct PlanFile {
     pub model: Option<String>,
     /// Normalizers, as [`Plan::set_normalizers`] reads them, later ones over earlier ones.
     pub norm: Vec<String>,
+    /// Forms, as [`Plan::set_forms`] reads them; the model is to be opened with them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub form: Vec<String>,
     /// Masks, as [`Plan::set_masks`] reads them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mask: Vec<String>,
@@ -48,10 +51,14 @@ impl PlanFile {
 
     /// What `plan` says about a model of this hash, and differs from `trained`.
     pub fn of(plan: &Plan, trained: &Plan, model: &str) -> PlanFile {
-        let (mut norm, mut mask, mut means) = (Vec::new(), Vec::new(), BTreeMap::new());
+        let (mut norm, mut form, mut mask) = (Vec::new(), Vec::new(), Vec::new());
+        let mut means = BTreeMap::new();
         for (i, (layer, trained)) in plan.layers.iter().zip(&trained.layers).enumerate() {
             if layer.mask.text() != trained.mask.text() {
                 mask.push(format!("{i}={}", layer.mask.text()));
+            }
+            if layer.form.text() != trained.form.text() {
+                form.push(format!("{i}={}", layer.form.text()));
             }
             for (h, choice) in layer.normalizers.iter().enumerate() {
                 if choice.text() != trained.normalizers[h].text() {
@@ -62,7 +69,7 @@ impl PlanFile {
                 }
             }
         }
-        PlanFile { format: FORMAT, model: Some(model.into()), norm, mask, means }
+        PlanFile { format: FORMAT, model: Some(model.into()), norm, form, mask, means }
     }
 
     /// The file's text.
@@ -76,6 +83,16 @@ impl PlanFile {
             && fitted != model
         {
             bad_usage!("the plan was fitted to a model with hash {fitted}; this one has {model}");
+        }
+        let mut wanted = plan.clone();
+        wanted.set_forms(&self.form.join(";"))?;
+        let mut pairs = plan.layers.iter().zip(&wanted.layers);
+        if let Some(i) = pairs.position(|(has, wants)| has.form.text() != wants.form.text()) {
+            bad_usage!(
+                "the plan is for layer {i} in the form {}; the model has it as {}",
+                wanted.layers[i].form.text(),
+                plan.layers[i].form.text()
+            );
         }
         for text in &self.norm {
             plan.set_normalizers(text)?;

@@ -117,9 +117,9 @@ const fn same(a: &[u8], b: &[u8]) -> bool {
 
 /// Every readable format.
 pub static FORMATS: &[Format] = &[
-    format("F32", Scales::None, float::f32),
-    format("F16", Scales::None, float::f16),
-    format("BF16", Scales::None, float::bf16),
+    format("F32", Scales::None, float::f32).writable(float::to_f32),
+    format("F16", Scales::None, float::f16).writable(float::to_f16),
+    format("BF16", Scales::None, float::bf16).writable(float::to_bf16),
     format("Q4_0", Scales::Halves(&[0]), legacy::q4_0).writable(legacy::to_q4_0),
     format("Q4_1", Scales::Halves(&[0, 2]), legacy::q4_1).writable(legacy::to_q4_1),
     format("Q5_0", Scales::Halves(&[0]), legacy::q5_0).writable(legacy::to_q5_0),
@@ -163,6 +163,11 @@ impl Format {
     /// Reads a row. `out` is as long as the row.
     pub fn dequantize(&self, row: &[u8], out: &mut [f32]) {
         (self.decode)(row, out);
+    }
+
+    /// Bits per element.
+    pub fn bits(&self) -> f64 {
+        self.ty.block_bytes as f64 * 8.0 / self.ty.block_len as f64
     }
 
     /// Whether [`Format::quantize`] can write it.

@@ -1,0 +1,174 @@
+//! Attention as numbers, and the model with other numbers in its place.
+
+use super::{Linear, Model};
+use crate::arch::rewritten;
+use crate::bad_usage;
+use crate::error::Result;
+use crate::gguf::{Bytes, Data, Gguf, Value, Writer};
+use crate::merge::{self, Dense, Site, Weights};
+use crate::quant::{self, FORMATS, Format};
+
+/// What becomes of a layer.
+pub struct NewLayer {
+    /// Its form.
+    pub form: merge::Choice,
+    /// Its matrices, if they change.
+    pub rewritten: Option<merge::Rewritten>,
+}
+
+impl Linear {
+    /// Its numbers.
+    fn dense(&self) -> Dense {
+        let w = &self.weight;
+        let mut data = vec![0.0; w.n_in * w.n_out];
+        for (i, out) in data.chunks_exact_mut(w.n_in).enumerate() {
+            w.format.dequantize(w.row(i), out);
+        }
+        Dense { n_in: w.n_in, data, bias: self.bias.clone() }
+    }
+}
+
+impl Model {
+    /// The matrices of a layer's attention.
+    pub fn weights(&self, layer: usize) -> Weights {
+        let l = &self.layers[layer];
+        let [q, k, v, o] = [&l.attn_q, &l.attn_k, &l.attn_v, &l.attn_output].map(Linear::dense);
+        Weights { q, k, v, o }
+    }
+
+    /// What a form needs to know of a layer.
+    pub fn site(&self, layer: usize) -> Site<'_> {
+        let l = &self.layers[layer];
+        let normalizers = &self.plan.layers[layer].normalizers;
+        let has_bias = [&l.attn_q, &l.attn_k, &l.attn_v].map(|l| l.bias.is_some());
+        // A cap on scores sees constants that are added to them.
+        let is_capped = self.hparams.attn_softcap.is_some();
+        Site {
+            hparams: &self.hparams,
+            layer,
+            shift_invariant: !is_capped && normalizers.iter().all(|n| n.is_shift_invariant()),
+            unit_sum: normalizers.iter().all(|n| n.sums_to_one()),
+            has_bias,
+        }
+    }
+
+    /// The file with other layers in place of its own, in memory; what stays is not copied. Matrices
+    /// get the format `round`, or, without it, formats of about as many bits as they had.
+    pub fn rewritten(&self, layers: &[NewLayer], round: Option<&'static Format>) -> Result<Gguf> {
+        let mut writer = Writer::new();
+        writer.copy_metadata(&self.gguf)?;
+        writer.remove(rewritten::FORM);
+        let forms = layers.iter().enumerate().map(|(i, l)| format!("{i}={}", l.form.text()));
+        let forms = forms.collect::<Vec<_>>().join(";");
+        writer.set(rewritten::FORM, Value::String(forms.as_bytes()))?;
+        let heads = layers.iter().zip(&self.attention).map(|(new, old)| match &new.rewritten {
+            Some(new) => new.geometry.kv.clone(),
+            None => old.geometry.kv.clone(),
+        });
+        rewritten::write(&mut writer, &self.hparams, &heads.collect::<Vec<_>>())?;
+        for (i, new) in layers.iter().enumerate() {
+            if let Some(new) = &new.rewritten {
+                self.put_layer(&mut writer, i, &new.weights, (new.error(), round))?;
+            }
+        }
+        Ok(self.gguf.overlaid(Gguf::parse(Bytes::from(writer.to_bytes()?))?))
+    }
+
+    fn put_layer(
+        &self,
+        writer: &mut Writer,
+        i: usize,
+        new: &Weights,
+        (error, round): (f64, Option<&'static Format>),
+    ) -> Result<()> {
+        let old = &self.layers[i];
+        let formats = [&old.attn_q, &old.attn_k, &old.attn_v, &old.attn_output].map(|l| &l.weight);
+        let format = |k: usize, new: &Dense| match round {
+            Some(format) if new.n_in.is_multiple_of(format.ty.block_len) => Ok(format),
+            Some(format) => {
+                bad_usage!(
+                    "type {}: layer {i} has rows of {} elements, not whole blocks of {}",
+                    format.ty.name,
+                    new.n_in,
+                    format.ty.block_len
+                )
+            }
+            None => {
+                Ok(format_for(new, formats[k].format, formats[k].n_out * formats[k].n_in, error))
+            }
+        };
+        let (q, k, v, o) = (&new.q, &new.k, &new.v, &new.o);
+        if self.hparams.fused_qkv {
+            let all = Dense {
+                n_in: q.n_in,
+                data: [&q.data[..], &k.data, &v.data].concat(),
+                bias: q.bias.as_ref().map(|bias| {
+                    let rest = [k, v].map(|d| d.bias.clone().unwrap_or_default());
+                    [&bias[..], &rest[0], &rest[1]].concat()
+                }),
+            };
+            put(writer, &format!("blk.{i}.attn_qkv"), &all, format(0, &all)?)?;
+        } else {
+            put(writer, &format!("blk.{i}.attn_q"), q, format(0, q)?)?;
+            put(writer, &format!("blk.{i}.attn_k"), k, format(1, k)?)?;
+            put(writer, &format!("blk.{i}.attn_v"), v, format(2, v)?)?;
+        }
+        put(writer, &format!("blk.{i}.attn_output"), o, format(3, o)?)
+    }
+}
+
+/// Relative error of rounding numbers to a format.
+fn rounding_error(numbers: &Dense, format: &Format) -> f64 {
+    let n = numbers.n_in;
+    let (mut bytes, mut back) = (vec![0; format.row_bytes(n)], vec![0.0; n]);
+    let (mut error, mut size) = (0.0, 0.0);
+    // Some rows say enough.
+    let step = (numbers.data.len() / n / 64).max(1);
+    for row in numbers.data.chunks_exact(n).step_by(step) {
+        format.quantize(row, &mut bytes);
+        format.dequantize(&bytes, &mut back);
+        for (x, y) in row.iter().zip(&back) {
+            error += f64::from(x - y).powi(2);
+            size += f64::from(*x).powi(2);
+        }
+    }
+    if size > 0.0 { (error / size).sqrt() } else { 0.0 }
+}
+
+/// The format for rewritten numbers: that of the old ones, or where it cannot be written or its blocks
+/// do not fit, the next with as many bits. A larger one, up to the size that the old matrix of `n_old`
+/// elements had, where rounding to it would change more than the form does.
+fn format_for(new: &Dense, old: &'static Format, n_old: usize, error: f64) -> &'static Format {
+    let fits = |f: &&Format| f.can_quantize() && new.n_in.is_multiple_of(f.ty.block_len);
+    let mut ladder: Vec<&Format> =
+        FORMATS.iter().filter(fits).filter(|f| f.bits() >= old.bits()).collect();
+    ladder.sort_by(|a, b| {
+        a.bits().total_cmp(&b.bits()).then((b.ty == old.ty).cmp(&(a.ty == old.ty)))
+    });
+    let Some(first) = ladder.first().copied() else { return old };
+    let room = old.bits() * n_old as f64 / new.data.len() as f64;
+    let is_coarse = |f: &Format| rounding_error(new, f) > error;
+    let mut best = first;
+    for format in ladder.into_iter().filter(|f| f.bits() <= room.min(8.5)) {
+        best = format;
+        if !is_coarse(format) {
+            break;
+        }
+    }
+    best
+}
+
+fn put(writer: &mut Writer, name: &str, numbers: &Dense, format: &'static Format) -> Result<()> {
+    let n = numbers.n_in;
+    let n_out = numbers.data.len() / n;
+    let mut bytes = vec![0; format.row_bytes(n) * n_out];
+    let rows = numbers.data.chunks_exact(n).zip(bytes.chunks_exact_mut(format.row_bytes(n)));
+    rows.for_each(|(row, out)| format.quantize(row, out));
+    let dims = [n as u64, n_out as u64];
+    writer.tensor(&format!("{name}.weight"), format.ty, &dims, Data::View(Bytes::from(bytes)))?;
+    let Some(bias) = &numbers.bias else { return Ok(()) };
+    let Some(floats) = quant::format_named("F32") else { return Ok(()) };
+    let bytes: Vec<u8> = bias.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let name = format!("{name}.bias");
+    writer.tensor(&name, floats.ty, &[bias.len() as u64], Data::View(Bytes::from(bytes)))
+}
