@@ -145,6 +145,7 @@ impl Model {
     pub fn set_normalizers(&mut self, text: &str) -> Result<()> {
         let mut plan = self.plan.clone();
         plan.set_normalizers(text)?;
+        self.check(&plan)?;
         self.set_plan(plan);
         Ok(())
     }
@@ -187,6 +188,7 @@ impl Model {
     pub fn planned(&self, plan: &Plan, file: &PlanFile) -> Result<Plan> {
         let mut plan = plan.clone();
         file.apply(&mut plan, &self.gguf.hash(), &self.hparams)?;
+        self.check(&plan)?;
         Ok(plan)
     }
 

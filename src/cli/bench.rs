@@ -151,7 +151,7 @@ impl Bench {
     fn open(&self) -> Result<Arc<Model>> {
         let Some(name) = &self.shape else { return self.run.open() };
         let gguf = shape::synthetic(shape::find(name)?, &self.mixture)?;
-        self.run.planned(Model::from_gguf(gguf)?)
+        self.run.planned(self.run.formed(Model::from_gguf(gguf)?)?)
     }
 
     fn name(&self) -> String {

@@ -5,6 +5,7 @@ mod calibrate;
 mod chat;
 mod compare;
 mod eval;
+mod forms;
 mod generate;
 mod heads;
 mod inspect;
@@ -57,6 +58,7 @@ static COMMANDS: &[Entry] = &[
     entry::<calibrate::Calibrate>(),
     entry::<norms::Norms>(),
     entry::<masks::Masks>(),
+    entry::<forms::Forms>(),
     entry::<patterns::Patterns>(),
     entry::<inspect::Inspect>(),
     entry::<tokenize::Tokenize>(),

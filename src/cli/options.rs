@@ -6,12 +6,17 @@ use std::sync::Arc;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
-use super::terminal::{note, read_text};
+use super::terminal::{note, progress, read_text};
 use crate::bad_usage;
 use crate::cpu::threads::default_threads;
 use crate::cpu::{CacheType, Threads};
 use crate::error::{Error, Result};
 use crate::gguf::{Bytes, Gguf, evict};
+use crate::measure::SAMPLE;
+use crate::measure::forms;
+use crate::measure::grams::gather;
+use crate::measure::quality::Windows;
+use crate::merge::Grams;
 use crate::model::Model;
 use crate::plan::{Plan, PlanFile};
 use crate::session::{Options, Session};
@@ -23,6 +28,9 @@ static SHIPPED: &[u8] =
 
 /// What stands for the shipped model in reports.
 const SHIPPED_NAME: &str = "books-6m-q8_0.gguf (built in)";
+
+/// Longest sequence of the text that forms are made with.
+const FORM_WINDOW: usize = 512;
 
 #[derive(Args)]
 pub(super) struct ModelArgs {
@@ -99,6 +107,16 @@ pub(super) struct RunArgs {
     /// '0-3=window:n=256;*=causal', later ones over earlier ones; see `masks`. Given again, as --norm
     #[arg(long, value_name = "PLAN")]
     pub(super) mask: Vec<String>,
+    /// Form of attention instead of split: NAME[:key=value,..] for all layers, or by layers, as --mask;
+    /// see `forms`. Given again, as --norm
+    #[arg(long, value_name = "PLAN")]
+    pub(super) form: Vec<String>,
+    /// Text that data-aware forms are made with [default: pages of public-domain books, built in]
+    #[arg(long, value_name = "FILE")]
+    form_text: Option<PathBuf>,
+    /// Tokens of that text
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    form_tokens: usize,
     /// Plan file, from `calibrate`; --norm and --mask go over what it says. For `compare`, one more
     /// variant
     #[arg(long, value_name = "FILE")]
@@ -135,7 +153,57 @@ impl RunArgs {
     /// Opens the model; warnings go to stderr.
     pub(super) fn open(&self) -> Result<Arc<Model>> {
         let model = Model::from_gguf(self.model.gguf()?).map_err(|e| self.model.at(e))?;
-        self.planned(model)
+        self.planned(self.formed(model)?)
+    }
+
+    /// A model in the forms that were asked for.
+    pub(super) fn formed(&self, mut model: Model) -> Result<Model> {
+        let mut plan = model.plan.clone();
+        if let Some(file) = self.plan_file()? {
+            file.form.iter().try_for_each(|text| plan.set_forms(text))?;
+            file.norm.iter().try_for_each(|text| plan.set_normalizers(text))?;
+        }
+        self.form.iter().try_for_each(|text| plan.set_forms(text))?;
+        self.norm.iter().try_for_each(|text| plan.set_normalizers(text))?;
+        if forms::changed(&model, &plan).is_empty() {
+            return Ok(model);
+        }
+        forms::check(&model, &plan)?;
+        let mut grams = Vec::new();
+        if forms::needs_grams(&model, &plan) {
+            (model, grams) = self.grams(model)?;
+        }
+        let gguf = forms::rewritten(&model, &plan, &grams, None)?;
+        Model::from_gguf(gguf)
+    }
+
+    /// What the heads of a model as it is make of the text for that.
+    fn grams(&self, model: Model) -> Result<(Model, Vec<Grams>)> {
+        let text = match &self.form_text {
+            Some(path) => read_text(Some(path))?,
+            None => SAMPLE.to_string(),
+        };
+        let mut tokens = model.tokenizer.encode(&text, true, false)?;
+        tokens.truncate(self.form_tokens);
+        let n_ctx = FORM_WINDOW.min(model.hparams.n_ctx_train);
+        let windows = Windows::new(tokens, n_ctx)?;
+        let sequences: Vec<Vec<u32>> = windows.inputs(&model.tokenizer).collect();
+        let model = Arc::new(model);
+        let mut session =
+            Session::new(model.clone(), &self.options(Some(n_ctx), self.one_threads()?)?)?;
+        let bar = progress(sequences.len(), "windows for the form");
+        let grams = gather(&mut session, &sequences, &mut |n| bar.set_position(n as u64))?;
+        bar.finish_and_clear();
+        drop(session);
+        match Arc::into_inner(model) {
+            Some(model) => Ok((model, grams)),
+            None => bad_usage!("--form: the model is in use elsewhere"),
+        }
+    }
+
+    fn plan_file(&self) -> Result<Option<PlanFile>> {
+        let Some(path) = &self.plan else { return Ok(None) };
+        PlanFile::parse(&read_text(Some(path))?).map(Some).map_err(|e| e.at(path))
     }
 
     /// A model with the normalizers and masks that were asked for.
@@ -151,9 +219,8 @@ impl RunArgs {
 
     /// A plan for `model`, changed as --plan says; none without it.
     pub(super) fn plan_from_file(&self, model: &Model, plan: &Plan) -> Result<Option<Plan>> {
-        let Some(path) = &self.plan else { return Ok(None) };
-        let file = PlanFile::parse(&read_text(Some(path))?);
-        file.and_then(|file| model.planned(plan, &file)).map(Some).map_err(|e| e.at(path))
+        let (Some(path), Some(file)) = (&self.plan, self.plan_file()?) else { return Ok(None) };
+        model.planned(plan, &file).map(Some).map_err(|e| e.at(path))
     }
 
     /// Whether threads stay on cores of their own.

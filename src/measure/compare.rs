@@ -196,6 +196,7 @@ pub fn plan_named(model: &Model, name: &str) -> Result<Plan> {
         let (norm, mask) = name.split_once(WITH).unwrap_or((name, ""));
         plan.set_normalizers(norm)?;
         plan.set_masks(mask)?;
+        model.check(&plan)?;
     }
     Ok(plan)
 }

@@ -33,7 +33,7 @@ pub fn check(model: &Model, plan: &Plan) -> Result<()> {
                 old.text()
             );
         }
-        if let Err(reason) = new.form().applies(&model.site(i)) {
+        if let Err(reason) = new.form().applies(new, &model.site(i, &plan.layers[i].normalizers)) {
             bad_usage!("form {}, layer {i}: {reason}", new.text());
         }
     }
@@ -54,7 +54,7 @@ pub fn new_layers(model: &Model, plan: &Plan, grams: &[Grams]) -> Result<Vec<New
             rest.iter().partition(|i| plan.layers[**i].form.text() == form.text());
         let weights: Vec<_> = same.iter().map(|i| move || model.weights(*i)).collect();
         let trained = same.iter().zip(&weights).map(|(i, weights)| Trained {
-            site: model.site(*i),
+            site: model.site(*i, &plan.layers[*i].normalizers),
             weights,
             grams: grams.get(*i),
         });

@@ -33,11 +33,11 @@ pub trait Form: Sync + Send {
         &[]
     }
 
-    /// Whether a layer can have it; if not, the reason.
-    fn applies(&self, site: &Site) -> Verdict;
+    /// Whether a layer can have it with the values of `choice`; if not, the reason.
+    fn applies(&self, choice: &Choice, site: &Site) -> Verdict;
 
     /// Whether a layer then computes what it was trained to, but for rounding; if not, the reason.
-    fn exact(&self, site: &Site) -> Verdict;
+    fn exact(&self, choice: &Choice, site: &Site) -> Verdict;
 
     /// Whether it is made with what heads make of a text.
     fn needs_grams(&self, _: &Choice) -> bool {

@@ -1,7 +1,7 @@
 //! Split: queries, keys and values are projected apart and keys and values are cached, as trained
 //! (arXiv 1706.03762; grouped queries: arXiv 2305.13245). Exact for every model.
 
-use super::{Form, Site, Verdict};
+use super::{Choice, Form, Site, Verdict};
 
 pub(super) struct Split;
 
@@ -18,11 +18,11 @@ impl Form for Split {
         "Vaswani et al. 2017, arXiv 1706.03762; grouped queries: Ainslie et al. 2023, arXiv 2305.13245"
     }
 
-    fn applies(&self, _: &Site) -> Verdict {
+    fn applies(&self, _: &Choice, _: &Site) -> Verdict {
         Ok(())
     }
 
-    fn exact(&self, _: &Site) -> Verdict {
+    fn exact(&self, _: &Choice, _: &Site) -> Verdict {
         Ok(())
     }
 }

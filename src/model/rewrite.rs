@@ -6,6 +6,8 @@ use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{Bytes, Data, Gguf, Value, Writer};
 use crate::merge::{self, Dense, Site, Weights};
+use crate::normalizer;
+use crate::plan::Plan;
 use crate::quant::{self, FORMATS, Format};
 
 /// What becomes of a layer.
@@ -36,10 +38,9 @@ impl Model {
         Weights { q, k, v, o }
     }
 
-    /// What a form needs to know of a layer.
-    pub fn site(&self, layer: usize) -> Site<'_> {
+    /// What a form needs to know of a layer with these normalizers.
+    pub fn site(&self, layer: usize, normalizers: &[normalizer::Choice]) -> Site<'_> {
         let l = &self.layers[layer];
-        let normalizers = &self.plan.layers[layer].normalizers;
         let has_bias = [&l.attn_q, &l.attn_k, &l.attn_v].map(|l| l.bias.is_some());
         // A cap on scores sees constants that are added to them.
         let is_capped = self.hparams.attn_softcap.is_some();
@@ -50,6 +51,17 @@ impl Model {
             unit_sum: normalizers.iter().all(|n| n.sums_to_one()),
             has_bias,
         }
+    }
+
+    /// Refuses a plan with normalizers that the forms of this model's layers do not go with.
+    pub fn check(&self, plan: &Plan) -> Result<()> {
+        for (i, layer) in plan.layers.iter().enumerate() {
+            let form = &self.plan.layers[i].form;
+            if let Err(reason) = form.form().applies(form, &self.site(i, &layer.normalizers)) {
+                bad_usage!("layer {i} has the form {}: {reason}", form.text());
+            }
+        }
+        Ok(())
     }
 
     /// The file with other layers in place of its own, in memory; what stays is not copied. Matrices
