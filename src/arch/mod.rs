@@ -7,6 +7,7 @@ mod keys;
 mod llama;
 mod qwen2;
 pub mod rewritten;
+mod rope;
 
 pub use keys::Keys;
 

@@ -5,6 +5,7 @@
 //! ones that look like those of a trained layer with other widths ([`Rewritten`]), or say that another
 //! thing is cached ([`Geometry`]), or both.
 
+mod lowrank;
 mod split;
 
 use faer::Mat;
@@ -60,7 +61,7 @@ pub trait Form: Sync + Send {
 pub type Verdict = std::result::Result<(), String>;
 
 /// A layer that a form is to be used in.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Site<'a> {
     /// Of the model.
     pub hparams: &'a Hparams,
@@ -70,6 +71,8 @@ pub struct Site<'a> {
     pub shift_invariant: bool,
     /// Whether weights of a row sum to 1, in every head.
     pub unit_sum: bool,
+    /// Radians per position of every plane of the rotation; empty without one.
+    pub frequencies: Vec<f64>,
     /// Whether queries, keys and values have biases.
     pub has_bias: [bool; 3],
 }
@@ -173,7 +176,7 @@ pub struct Grams {
 }
 
 /// Every form.
-pub static FORMS: &[&dyn Form] = &[&split::Split];
+pub static FORMS: &[&dyn Form] = &[&split::Split, &lowrank::LowRank];
 
 /// The form of this name.
 pub fn find(name: &str) -> Result<&'static dyn Form> {

@@ -50,6 +50,15 @@ impl Model {
             shift_invariant: !is_capped && normalizers.iter().all(|n| n.is_shift_invariant()),
             unit_sum: normalizers.iter().all(|n| n.sums_to_one()),
             has_bias,
+            frequencies: match self
+                .hparams
+                .rope
+                .as_ref()
+                .filter(|_| self.hparams.layers[layer].rotates)
+            {
+                Some(rope) => rope.frequencies(self.rope_freqs.as_deref()).0,
+                None => Vec::new(),
+            },
         }
     }
 
