@@ -13,6 +13,7 @@ use crate::measure::SAMPLE;
 use crate::measure::compare::{
     Comparison, Job, Role, Settings, Variant, plan_named, plans, shard, text_hash,
 };
+use crate::measure::forms;
 use crate::measure::quality::Windows;
 use crate::measure::report::{Document, MAX_TOKENS, Patterns, check_folder, patterns};
 use crate::measure::yardstick::smaller_formats;
@@ -151,10 +152,15 @@ impl Compare {
         let mut rest = tokens.split_off(n_scored.min(tokens.len()));
         let windows = Windows::new(tokens, n_ctx)?;
         let mut fitting = Vec::new();
-        if self.calibrate {
+        let uses = |job: &Job| match job {
+            Job::Plan(_, plan) => forms::needs_grams(&model, plan),
+            Job::Fitted(..) => true,
+            Job::Rounded(_) => false,
+        };
+        if jobs.iter().any(uses) {
             if rest.len() < 2 * n_ctx {
                 bad_usage!(
-                    "--calibrate: after what is scored, the text has {} tokens; {} are needed",
+                    "--calibrate or a data-aware form: after what is scored, the text has {} tokens; {} are needed",
                     rest.len(),
                     2 * n_ctx
                 );
@@ -202,7 +208,7 @@ impl Compare {
         if self.all_norms {
             norms.extend(normalizer::kinds().iter().map(|kind| kind.name.to_string()));
         }
-        let mut jobs = plans(model, &norms, &self.run.mask)?;
+        let mut jobs = plans(model, (&norms, &self.run.form, &self.run.mask))?;
         if self.calibrate {
             let fitted = |job: &Job| match job {
                 Job::Plan(name, plan) => vec![job.clone(), Job::Fitted(name.clone(), plan.clone())],
@@ -216,7 +222,7 @@ impl Compare {
         }
         if jobs.is_empty() {
             bad_usage!(
-                "nothing to compare with the model as trained: --norm, --all-norms, --mask or --plan"
+                "nothing to compare with the model as trained: --norm, --all-norms, --form, --mask or --plan"
             );
         }
         if !self.no_yardsticks {
@@ -302,8 +308,9 @@ impl Compare {
         plans.extend(document.baseline().map(|v| (v.name.clone(), trained.clone())));
         for (_, v) in document.ranked() {
             if let (Role::Variant, Some(plan)) = (v.role, plan(&v.name)) {
-                // What reads a prompt twice has other tokens.
-                plans.extend((plan.n_copies() == 1).then(|| (v.name.clone(), plan)));
+                // What reads a prompt twice has other tokens, and another form is another model.
+                let fits = plan.n_copies() == 1 && forms::changed(&model, &plan).is_empty();
+                plans.extend(fits.then(|| (v.name.clone(), plan)));
             }
         }
         let mut session = self.run.trained_session(self.run.model.gguf()?, tokens.len())?;

@@ -10,11 +10,14 @@ use crate::error::Result;
 use crate::gguf::Gguf;
 use crate::mask;
 use crate::measure::calibrate::{self, calibrate};
+use crate::measure::forms;
+use crate::measure::grams::gather;
 use crate::measure::heads::{HeadStats, RowStats, observe};
 use crate::measure::latency::{Duel, Pace, duel, mean_and_deviation, median, percentile};
 use crate::measure::quality::{Base, Windows, evaluate};
 use crate::measure::retrieval::{Probe, Retrieval, retrieve};
 use crate::measure::yardstick::requantized;
+use crate::merge::{self, Grams};
 use crate::model::Model;
 use crate::normalizer;
 use crate::plan::Plan;
@@ -162,28 +165,39 @@ impl Job {
     }
 }
 
-/// What stands between the normalizers and the masks in a row's name.
+/// What stands between the normalizers, the forms and the masks in a row's name.
 const WITH: &str = " / ";
 
-/// A plan for each of these normalizers under each of these masks, each once, but not the model as
-/// trained; without one of the two lists, what was trained with stands for it.
-pub fn plans(model: &Model, norms: &[String], masks: &[String]) -> Result<Vec<Job>> {
-    let [norm, _, mask] = model.trained.names();
+/// A plan for each of these normalizers in each of these forms under each of these masks, each once,
+/// but not the model as trained; without one of the lists, what was trained with stands for it.
+pub fn plans(
+    model: &Model,
+    (norms, forms, masks): (&[String], &[String], &[String]),
+) -> Result<Vec<Job>> {
+    let [norm, form, mask] = model.trained.names();
     let baseline = baseline_name(model);
-    let (norms, masks) = match (norms.is_empty(), masks.is_empty()) {
-        (true, true) => return Ok(Vec::new()),
-        (true, false) => (&[norm][..], masks),
-        (false, true) => (norms, &[mask.clone()][..]),
-        (false, false) => (norms, masks),
+    let or = |all: &[String], trained: &String| match all.is_empty() {
+        true => vec![trained.clone()],
+        false => all.to_vec(),
     };
+    let (norms, forms, masks) = (or(norms, &norm), or(forms, &form), or(masks, &mask));
     let mut jobs: Vec<Job> = Vec::new();
-    for (norm, own) in masks.iter().flat_map(|mask| norms.iter().map(move |norm| (norm, mask))) {
-        let name = normalizer::Choice::parse(norm).map_or(norm.trim().into(), |c| c.text());
-        let own = mask::Choice::parse(own).map_or(own.trim().into(), |c| c.text());
-        let name = if own == mask { name } else { [name, own].join(WITH) };
-        if name != baseline && !jobs.iter().any(|job| job.name() == name) {
-            let plan = plan_named(model, &name)?;
-            jobs.push(Job::Plan(name, plan));
+    for own_mask in &masks {
+        for (own_form, norm) in forms.iter().flat_map(|f| norms.iter().map(move |n| (f, n))) {
+            let mut name = normalizer::Choice::parse(norm).map_or(norm.trim().into(), |c| c.text());
+            let own_form =
+                merge::Choice::parse(own_form).map_or(own_form.trim().into(), |c| c.text());
+            let own_mask =
+                mask::Choice::parse(own_mask).map_or(own_mask.trim().into(), |c| c.text());
+            for (own, trained) in [(&own_form, &form), (&own_mask, &mask)] {
+                if own != trained {
+                    name = [&name, WITH, own].concat();
+                }
+            }
+            if name != baseline && !jobs.iter().any(|job| job.name() == name) {
+                let plan = plan_named(model, &name)?;
+                jobs.push(Job::Plan(name, plan));
+            }
         }
     }
     Ok(jobs)
@@ -193,9 +207,17 @@ pub fn plans(model: &Model, norms: &[String], masks: &[String]) -> Result<Vec<Jo
 pub fn plan_named(model: &Model, name: &str) -> Result<Plan> {
     let mut plan = model.trained.clone();
     if name != baseline_name(model) {
-        let (norm, mask) = name.split_once(WITH).unwrap_or((name, ""));
-        plan.set_normalizers(norm)?;
-        plan.set_masks(mask)?;
+        let mut parts = name.split(WITH);
+        plan.set_normalizers(parts.next().unwrap_or_default())?;
+        for part in parts {
+            // Names of forms and masks are never the same.
+            let is_form = merge::FORMS.iter().any(|form| {
+                let at = part.rfind(form.name());
+                at.is_some_and(|at| at == 0 || part[..at].ends_with('='))
+            });
+            if is_form { plan.set_forms(part)? } else { plan.set_masks(part)? }
+        }
+        forms::check(model, &plan)?;
         model.check(&plan)?;
     }
     Ok(plan)
@@ -219,11 +241,15 @@ pub fn shard(jobs: Vec<Job>, (i, n): (usize, usize)) -> Result<Vec<Job>> {
 pub struct Comparison<'a> {
     settings: &'a Settings,
     windows: &'a Windows,
-    /// Sequences of tokens that plans are fitted to.
+    /// Sequences of tokens that plans are fitted to, and forms are made with.
     fitting: &'a [Vec<u32>],
     session: Session,
     base: Base,
     trained: Plan,
+    /// What was measured last.
+    plan: Plan,
+    /// What heads make of `fitting`, once a form has asked for it.
+    grams: Vec<Grams>,
 }
 
 impl<'a> Comparison<'a> {
@@ -242,18 +268,36 @@ impl<'a> Comparison<'a> {
             Some(base) => base,
             None => Base::live(open()?, windows.clone()),
         };
-        Ok(Comparison { settings, windows, fitting, session, base, trained })
+        let (plan, grams) = (trained.clone(), Vec::new());
+        Ok(Comparison { settings, windows, fitting, session, base, trained, plan, grams })
     }
 
     /// The model as trained. Timed against itself: what it differs from 1 by is noise.
     pub fn baseline(&mut self) -> Result<Variant> {
         let name = baseline_name(self.session.model());
-        self.planned(&name, self.trained.clone(), Role::Baseline)
+        self.planned(&name, self.trained.clone(), Role::Baseline, None)
+    }
+
+    /// A session of the model in the forms of `plan`, if those are not the trained ones.
+    fn formed(
+        &mut self,
+        plan: &Plan,
+        open: &dyn Fn(Gguf) -> Result<Session>,
+    ) -> Result<Option<Session>> {
+        self.session.set_plan(self.trained.clone())?;
+        if forms::changed(self.session.model(), plan).is_empty() {
+            return Ok(None);
+        }
+        if forms::needs_grams(self.session.model(), plan) && self.grams.is_empty() {
+            self.grams = gather(&mut self.session, self.fitting, &mut |_| {})?;
+        }
+        let gguf = forms::rewritten(self.session.model(), plan, &self.grams, None)?;
+        open(gguf).map(Some)
     }
 
     /// The plan that was measured last.
     pub fn plan(&self) -> Plan {
-        self.session.model().plan.clone()
+        self.plan.clone()
     }
 
     /// A variant or a yardstick. `open` makes sessions like those that this was begun with.
@@ -264,14 +308,19 @@ impl<'a> Comparison<'a> {
         open: &dyn Fn(Gguf) -> Result<Session>,
     ) -> Result<Variant> {
         match job {
-            Job::Plan(name, plan) => self.planned(name, plan.clone(), Role::Variant),
+            Job::Plan(name, plan) => {
+                let own = self.formed(plan, open)?;
+                self.planned(name, plan.clone(), Role::Variant, own)
+            }
             Job::Fitted(_, plan) => {
                 let n_threads = self.session.n_threads().batch;
                 let how = calibrate::Settings { rows: N_ROWS, means: true, n_threads };
-                let (session, fitting) = (&mut self.session, self.fitting);
+                let mut own = self.formed(plan, open)?;
+                let fitting = self.fitting;
+                let session = own.as_mut().unwrap_or(&mut self.session);
                 calibrate(session, fitting, plan, (how, true), &[], &mut |_, _| Ok(()))?;
                 let fitted = session.model().plan.clone();
-                self.planned(&job.name(), fitted, Role::Variant)
+                self.planned(&job.name(), fitted, Role::Variant, own)
             }
             Job::Rounded(format) => {
                 let mut session = open(requantized(gguf, format)?)?;
@@ -286,8 +335,17 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    fn planned(&mut self, name: &str, plan: Plan, role: Role) -> Result<Variant> {
-        let (session, windows) = (&mut self.session, self.windows);
+    /// Measures a plan with the session of the model as trained, or with one of its own.
+    fn planned(
+        &mut self,
+        name: &str,
+        plan: Plan,
+        role: Role,
+        mut own: Option<Session>,
+    ) -> Result<Variant> {
+        self.plan.clone_from(&plan);
+        let windows = self.windows;
+        let session = own.as_mut().unwrap_or(&mut self.session);
         session.set_plan(plan.clone())?;
         let mut variant = Variant::of(name, role, session.model());
         let quality = evaluate(session, windows, Some(&mut self.base), None, &mut |_| {})?;
@@ -308,9 +366,10 @@ impl<'a> Comparison<'a> {
         if n_rounds > 0 {
             let text = windows.tokens().iter().copied().cycle();
             let tokens: Vec<u32> = text.take(n_prompt + n_gen).collect();
-            let duel = duel(session, [&self.trained, &plan], tokens.split_at(n_prompt), n_rounds)?;
+            let plans = [&self.trained, &plan];
+            let sessions = (&mut self.session, own.as_mut());
+            let duel = duel(sessions, plans, tokens.split_at(n_prompt), n_rounds)?;
             variant.time(&duel);
-            session.set_plan(plan)?;
         }
         Ok(variant)
     }

@@ -198,27 +198,30 @@ fn turn(session: &mut Session, prompt: &[u32], rest: &[u32]) -> Result<Turn> {
     Ok(Turn { first, steps })
 }
 
-/// Times plans of the session's model in turns, of which the first changes from round to round. The
-/// second is warmed up; the first should have been.
+/// Times two plans in turns, of which the first changes from round to round: of the model of one
+/// session, or each of its own session's. The second is warmed up; the first should have been.
 pub fn duel(
-    session: &mut Session,
+    (session, mut own): (&mut Session, Option<&mut Session>),
     plans: [&Plan; 2],
     (prompt, rest): (&[u32], &[u32]),
     n_rounds: usize,
 ) -> Result<Duel> {
-    let mut one = |plan: &Plan, rest: &[u32]| {
-        session.set_plan(plan.clone())?;
+    let mut one = |i: usize, rest: &[u32]| {
+        let session = match &mut own {
+            Some(own) if i == 1 => own,
+            _ => &mut *session,
+        };
+        session.set_plan(plans[i].clone())?;
         turn(session, prompt, rest)
     };
-    one(plans[1], &rest[..rest.len().min(2)])?;
+    one(1, &rest[..rest.len().min(2)])?;
     let mut turns = Vec::new();
     for round in 0..n_rounds {
-        let [base, other] = plans;
         turns.push(match round % 2 {
-            0 => [one(base, rest)?, one(other, rest)?],
+            0 => [one(0, rest)?, one(1, rest)?],
             _ => {
-                let other = one(other, rest)?;
-                [one(base, rest)?, other]
+                let other = one(1, rest)?;
+                [one(0, rest)?, other]
             }
         });
     }
