@@ -4,6 +4,7 @@
 //! biases are read into memory.
 
 mod rewrite;
+mod stock;
 
 pub use rewrite::NewLayer;
 
@@ -280,7 +281,7 @@ impl Model {
 }
 
 /// Rows of rewritten `attn_output` are whole blocks of this many elements.
-pub(crate) const BLOCK: usize = 32;
+const BLOCK: usize = 32;
 /// Normalizers that a model was trained with, as [`Plan::set_normalizers`] reads them.
 const NORMALIZER_KEY: &str = "qkov.attention.normalizer";
 

@@ -15,6 +15,11 @@ const VALUE_LENGTHS: &str = "qkov.attention.value_lengths";
 const PLANE_COUNTS: &str = "qkov.rope.plane_counts";
 const PLANES: &str = "qkov.rope.planes";
 
+/// Whether a key is one of these.
+pub fn is_own(key: &str) -> bool {
+    [FORM, KEY_LENGTHS, VALUE_LENGTHS, PLANE_COUNTS, PLANES].contains(&key)
+}
+
 /// Numbers of an array; none without it.
 fn numbers(gguf: &Gguf, key: &str) -> Result<Option<Vec<usize>>> {
     let Some(array) = gguf.array(key)? else { return Ok(None) };

@@ -10,6 +10,7 @@ mod generate;
 mod heads;
 mod inspect;
 mod masks;
+mod merge;
 mod norms;
 mod options;
 mod patterns;
@@ -56,6 +57,7 @@ static COMMANDS: &[Entry] = &[
     entry::<bench::Bench>(),
     entry::<compare::Compare>(),
     entry::<calibrate::Calibrate>(),
+    entry::<merge::Merge>(),
     entry::<norms::Norms>(),
     entry::<masks::Masks>(),
     entry::<forms::Forms>(),

@@ -16,8 +16,7 @@ use crate::measure::SAMPLE;
 use crate::measure::forms;
 use crate::measure::grams::gather;
 use crate::measure::quality::Windows;
-use crate::merge::Grams;
-use crate::model::Model;
+use crate::model::{Model, NewLayer};
 use crate::plan::{Plan, PlanFile};
 use crate::session::{Options, Session};
 use crate::simd::{self, Level};
@@ -157,7 +156,17 @@ impl RunArgs {
     }
 
     /// A model in the forms that were asked for.
-    pub(super) fn formed(&self, mut model: Model) -> Result<Model> {
+    pub(super) fn formed(&self, model: Model) -> Result<Model> {
+        let plan = self.form_plan(&model)?;
+        if forms::changed(&model, &plan).is_empty() {
+            return Ok(model);
+        }
+        let (model, layers) = self.new_layers(model, plan)?;
+        Model::from_gguf(model.rewritten(&layers, None)?)
+    }
+
+    /// The forms, and the normalizers they are to go with, that were asked for.
+    pub(super) fn form_plan(&self, model: &Model) -> Result<Plan> {
         let mut plan = model.plan.clone();
         if let Some(file) = self.plan_file()? {
             file.form.iter().try_for_each(|text| plan.set_forms(text))?;
@@ -165,40 +174,54 @@ impl RunArgs {
         }
         self.form.iter().try_for_each(|text| plan.set_forms(text))?;
         self.norm.iter().try_for_each(|text| plan.set_normalizers(text))?;
-        if forms::changed(&model, &plan).is_empty() {
-            return Ok(model);
-        }
-        forms::check(&model, &plan)?;
-        let mut grams = Vec::new();
-        if forms::needs_grams(&model, &plan) {
-            (model, grams) = self.grams(model)?;
-        }
-        let gguf = forms::rewritten(&model, &plan, &grams, None)?;
-        Model::from_gguf(gguf)
+        forms::check(model, &plan)?;
+        Ok(plan)
     }
 
-    /// What the heads of a model as it is make of the text for that.
-    fn grams(&self, model: Model) -> Result<(Model, Vec<Grams>)> {
+    /// What becomes of the layers of a model in the forms of `plan`.
+    pub(super) fn new_layers(&self, model: Model, plan: Plan) -> Result<(Model, Vec<NewLayer>)> {
+        if !forms::needs_grams(&model, &plan) && !forms::has_budget(&plan) {
+            let layers = forms::new_layers(&model, &plan, &[])?;
+            return Ok((model, layers));
+        }
+        let (sequences, judge) = self.form_windows(&model)?;
+        let n_ctx = judge.n_ctx;
+        let options = self.options(Some(n_ctx), self.one_threads()?)?;
+        let model = Arc::new(model);
+        let mut session = Session::new(model.clone(), &options)?;
+        let bar = progress(sequences.len(), "windows for the form");
+        let grams = match forms::needs_grams(&model, &plan) {
+            true => gather(&mut session, &sequences, &mut |n| bar.set_position(n as u64))?,
+            false => Vec::new(),
+        };
+        bar.finish_and_clear();
+        let mut plan = plan;
+        if forms::has_budget(&plan) {
+            let open = |gguf| Session::new(Arc::new(Model::from_gguf(gguf)?), &options);
+            plan = forms::within_budget(&mut session, (&plan, &grams), &judge, &open)?;
+            note(&format!("form: {}", plan.names()[1]));
+        }
+        drop(session);
+        let layers = forms::new_layers(&model, &plan, &grams)?;
+        match Arc::into_inner(model) {
+            Some(model) => Ok((model, layers)),
+            None => bad_usage!("--form: the model is in use elsewhere"),
+        }
+    }
+
+    /// Sequences of tokens that forms are made with, and what follows them to judge forms.
+    pub(super) fn form_windows(&self, model: &Model) -> Result<(Vec<Vec<u32>>, Windows)> {
         let text = match &self.form_text {
             Some(path) => read_text(Some(path))?,
             None => SAMPLE.to_string(),
         };
         let mut tokens = model.tokenizer.encode(&text, true, false)?;
-        tokens.truncate(self.form_tokens);
+        let n = self.form_tokens.min(tokens.len() * 2 / 3);
+        let mut rest = tokens.split_off(n);
+        rest.truncate(self.form_tokens);
         let n_ctx = FORM_WINDOW.min(model.hparams.n_ctx_train);
-        let windows = Windows::new(tokens, n_ctx)?;
-        let sequences: Vec<Vec<u32>> = windows.inputs(&model.tokenizer).collect();
-        let model = Arc::new(model);
-        let mut session =
-            Session::new(model.clone(), &self.options(Some(n_ctx), self.one_threads()?)?)?;
-        let bar = progress(sequences.len(), "windows for the form");
-        let grams = gather(&mut session, &sequences, &mut |n| bar.set_position(n as u64))?;
-        bar.finish_and_clear();
-        drop(session);
-        match Arc::into_inner(model) {
-            Some(model) => Ok((model, grams)),
-            None => bad_usage!("--form: the model is in use elsewhere"),
-        }
+        let fitting = Windows::new(tokens, n_ctx)?.inputs(&model.tokenizer).collect();
+        Ok((fitting, Windows::new(rest, n_ctx)?))
     }
 
     fn plan_file(&self) -> Result<Option<PlanFile>> {

@@ -3,10 +3,12 @@
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::Gguf;
+use crate::measure::quality::{Base, Windows, evaluate};
 use crate::merge::{Grams, Trained};
 use crate::model::{Model, NewLayer};
-use crate::plan::Plan;
+use crate::plan::{LayerPlan, Plan};
 use crate::quant::Format;
+use crate::session::Session;
 
 /// Layers whose form `plan` changes.
 pub fn changed(model: &Model, plan: &Plan) -> Vec<usize> {
@@ -44,8 +46,7 @@ pub fn check(model: &Model, plan: &Plan) -> Result<()> {
 /// `grams`: of all layers, if the forms need any.
 pub fn new_layers(model: &Model, plan: &Plan, grams: &[Grams]) -> Result<Vec<NewLayer>> {
     check(model, plan)?;
-    let layer =
-        |layer: &crate::plan::LayerPlan| NewLayer { form: layer.form.clone(), rewritten: None };
+    let layer = |layer: &LayerPlan| NewLayer { form: layer.form.clone(), rewritten: None };
     let mut layers: Vec<NewLayer> = plan.layers.iter().map(layer).collect();
     let mut rest = changed(model, plan);
     while let Some(first) = rest.first() {
@@ -66,6 +67,58 @@ pub fn new_layers(model: &Model, plan: &Plan, grams: &[Grams]) -> Result<Vec<New
     }
     Ok(layers)
 }
+
+/// Whether a form of `plan` says how far it may be from the model as trained.
+pub fn has_budget(plan: &Plan) -> bool {
+    plan.layers.iter().any(|layer| budget(layer) > 0.0)
+}
+
+fn budget(layer: &LayerPlan) -> f64 {
+    layer.form.value(BUDGET).map_or(0.0, f64::from)
+}
+
+/// The parameter that says so, and that which is chosen for it.
+const BUDGET: &str = "kl";
+const SHARE: &str = "ratio";
+/// Shares that are tried are multiples of one over this.
+const STEPS: usize = 32;
+
+/// `plan` with the smallest share, the same for all layers that have a budget, that keeps the
+/// divergence from the session's model on `windows` within the smallest budget. `open` makes sessions
+/// of rewritten files.
+pub fn within_budget(
+    session: &mut Session,
+    (plan, grams): (&Plan, &[Grams]),
+    windows: &Windows,
+    open: &dyn Fn(Gguf) -> Result<Session>,
+) -> Result<Plan> {
+    let budgets = plan.layers.iter().map(budget).filter(|b| *b > 0.0);
+    let most = budgets.fold(f64::INFINITY, f64::min);
+    let Some(mut base) = Base::in_memory(session, windows, MAX_BASE_BYTES, &mut |_| {})? else {
+        bad_usage!("the text for a budget of divergence is too long");
+    };
+    let with = |n: usize| -> Result<Plan> {
+        let mut plan = plan.clone();
+        let share = n as f32 / STEPS as f32;
+        for layer in plan.layers.iter_mut().filter(|layer| budget(layer) > 0.0) {
+            layer.form = layer.form.with_values(&[(BUDGET, 0.0), (SHARE, share)])?;
+        }
+        Ok(plan)
+    };
+    // Nothing is known to be within the budget but everything.
+    let (mut low, mut high) = (STEPS / 8 - 1, STEPS);
+    while high - low > 1 {
+        let middle = (low + high) / 2;
+        let gguf = rewritten(session.model(), &with(middle)?, grams, None)?;
+        let quality = evaluate(&mut open(gguf)?, windows, Some(&mut base), None, &mut |_| {})?;
+        let kl = quality.divergence.map_or(f64::INFINITY, |d| d.kl.mean.value);
+        if kl <= most { high = middle } else { low = middle }
+    }
+    with(high)
+}
+
+/// Most memory for what the model as trained predicts.
+const MAX_BASE_BYTES: usize = 2 << 30;
 
 /// The file of a model whose layers have the forms of `plan`, in memory.
 pub fn rewritten(

@@ -15,6 +15,7 @@ pub mod report;
 pub mod retrieval;
 pub mod search;
 pub mod shape;
+pub mod sweep;
 pub mod yardstick;
 
 /// Text to measure and to fit with unless there is another: pages of 16 public-domain books.

@@ -221,6 +221,14 @@ impl Choice {
         Some(self.values[at])
     }
 
+    /// The same with other values of some parameters.
+    pub fn with_values(&self, values: &[(&str, f32)]) -> Result<Choice> {
+        let pairs: Vec<String> = values.iter().map(|(name, x)| format!("{name}={x}")).collect();
+        let owner = format!("form {}", self.form.name());
+        let (params, own) = (self.form.params().iter(), self.values.clone());
+        Ok(Choice { form: self.form, values: param::read(&owner, params, own, &pairs.join(","))? })
+    }
+
     /// What [`Choice::parse`] reads, with those values that are not defaults.
     pub fn text(&self) -> String {
         param::show(self.form.name(), self.form.params().iter(), &self.values)

@@ -13,7 +13,7 @@ mod solver;
 use faer::{Mat, MatRef};
 use rayon::prelude::*;
 
-use self::ranks::{Part, Parts, Target, choose};
+use self::ranks::{Part, Parts, Target, choose, shared};
 use self::solver::{Factors, factor, refit};
 use super::{
     Choice, Dense, Form, Geometry, Grams, KvHead, Rewritten, Site, Trained, Verdict, Weights,
@@ -47,6 +47,13 @@ static PARAMS: &[Param] = &[
         0.0,
         Domain::Whole(0.0, 1e9),
     ),
+    param(
+        "kl",
+        "most divergence from the model as trained, in nats per token; with 0, the others say",
+        0.0,
+        Domain::From(0.0, 100.0),
+    ),
+    param("shared", "whether all heads of all layers keep the same planes; needs `qk`", 0.0, YES),
     param("data", "whether directions are chosen by what heads make of a text", 1.0, YES),
     param(
         "center",
@@ -113,7 +120,11 @@ impl Form for LowRank {
             let heads = solved.iter().flat_map(|l| l.heads.iter().map(move |h| (l.layer, h)));
             heads.map(|(layer, h)| Parts { layer, parts: parts(h).clone() }).collect()
         };
-        let scores = choose("qk", &heads(|h| &h.score_parts), target(choice, "qk"))?;
+        let parts = heads(|h| &h.score_parts);
+        let scores = match choice.value("shared") {
+            Some(1.0) => shared(&parts, target(choice, "qk"))?,
+            _ => choose("qk", &parts, target(choice, "qk"))?,
+        };
         let values = choose("ov", &heads(|h| &h.value_parts), target(choice, "ov"))?;
         let mut at = 0;
         let mut kept = Vec::new();
@@ -199,7 +210,9 @@ impl Solved {
         let center = value("center") == 1.0;
         let n_ctx =
             if value("ctx") > 0.0 { f64::from(value("ctx")) } else { hp.n_ctx_train as f64 };
-        let is_slow = |theta: &f64| !hp.qk_norm && theta * n_ctx <= f64::from(value("slow"));
+        let is_slow = |theta: &f64| {
+            !hp.qk_norm && value("shared") == 0.0 && theta * n_ctx <= f64::from(value("slow"))
+        };
         let rope = hp.rope.as_ref().filter(|_| site.rotates());
         let pairing = rope.map_or(Pairing::Adjacent, |r| r.pairing);
         let mut heads = Vec::new();

@@ -77,6 +77,22 @@ pub(super) fn choose(what: &str, heads: &[Parts], target: Target) -> Result<Vec<
     Ok(kept)
 }
 
+/// The same parts of all heads, by what they carry in all layers.
+pub(super) fn shared(heads: &[Parts], target: Target) -> Result<Vec<Vec<usize>>> {
+    let mut all = Parts { layer: 0, parts: heads.first().map_or(Vec::new(), |h| h.parts.clone()) };
+    all.parts.iter_mut().for_each(|part| part.energy = 0.0);
+    if heads.iter().any(|h| h.parts.len() != all.parts.len()) {
+        bad_usage!("form lowrank: shared=yes needs heads of one width");
+    }
+    for head in heads {
+        let energy = head.energy().max(f64::MIN_POSITIVE);
+        let pairs = all.parts.iter_mut().zip(&head.parts);
+        pairs.for_each(|(sum, part)| sum.energy += part.energy / energy);
+    }
+    let kept = choose("qk", std::slice::from_ref(&all), target)?;
+    Ok(vec![kept.into_iter().next().unwrap_or_default(); heads.len()])
+}
+
 /// The first parts in order as long as `more` says so of the elements and the energy with the next.
 fn first(head: &Parts, mut more: impl FnMut(usize, f64) -> bool) -> Vec<usize> {
     let (mut dims, mut energy) = (0, 0.0);
