@@ -77,6 +77,8 @@ pub(super) fn read(gguf: &Gguf, hparams: &mut Hparams) -> Result<()> {
                 rest = next;
                 own.to_vec()
             });
+            // A head that has all of them is as it was.
+            let own = own.filter(|own| !own.iter().copied().eq(0..all_planes));
             let rotated = 2 * own.as_ref().map_or(all_planes, Vec::len);
             let head = KvHead { score_dim: keys[at], value_dim: values[at], planes: own };
             if layer.rotates && rotated > head.score_dim {

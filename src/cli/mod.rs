@@ -3,6 +3,7 @@
 mod bench;
 mod calibrate;
 mod chat;
+mod circuits;
 mod compare;
 mod eval;
 mod forms;

@@ -20,7 +20,9 @@ use crate::quant::{self, Type};
 /// times as large as in the file, so the bytes that are left do not bound it well enough.
 const MAX_COUNT: u64 = 1 << 17;
 
-/// An open GGUF file, all its parts together: typed metadata and the table of tensors.
+/// An open GGUF file, all its parts together: typed metadata and the table of tensors. Clones share the
+/// data.
+#[derive(Clone)]
 pub struct Gguf {
     /// The version that the file states.
     pub version: u32,
@@ -36,6 +38,7 @@ pub struct Gguf {
 }
 
 /// One metadata pair, as places in the first part.
+#[derive(Clone)]
 struct Entry {
     key: String,
     ty: ValueType,

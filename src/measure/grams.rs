@@ -83,6 +83,7 @@ impl LayerSums {
             sums.into_iter().map(|s| s.into_inner().ok()).collect()
         };
         let (queries, keys, values) = (all(self.queries)?, all(self.keys)?, all(self.values)?);
+        let outputs = all(self.outputs)?;
         let per_kv = queries.len() / keys.len();
         let of_group = |group: &[Sums]| {
             let mut sum = Sums::new(group[0].dim);
@@ -96,7 +97,8 @@ impl LayerSums {
             keys: keys.iter().map(|s| s.mean(n_tokens)).collect(),
             value_means: values.iter().map(|s| s.mean_row(n_tokens)).collect(),
             values: values.iter().map(|s| s.mean(n_tokens)).collect(),
-            outputs: all(self.outputs)?.iter().map(|s| s.mean(n_tokens)).collect(),
+            output_means: outputs.iter().map(|s| s.mean_row(n_tokens)).collect(),
+            outputs: outputs.iter().map(|s| s.mean(n_tokens)).collect(),
         })
     }
 }

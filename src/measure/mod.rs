@@ -2,6 +2,7 @@
 
 mod base;
 pub mod calibrate;
+pub mod circuits;
 pub mod compare;
 mod divergence;
 pub mod export;

@@ -173,6 +173,8 @@ pub struct Grams {
     pub key_means: Vec<Vec<f64>>,
     /// The same of values. `[value_dim]`
     pub value_means: Vec<Vec<f64>>,
+    /// The same of outputs, for each query head.
+    pub output_means: Vec<Vec<f64>>,
 }
 
 /// Every form.

@@ -134,7 +134,11 @@ impl Form for LowRank {
             at += layer.heads.len();
         }
         let all = layers.par_iter().zip(&solved).zip(kept);
-        all.map(|((layer, solved), kept)| solved.rewrite(layer, kept).map(Some)).collect()
+        all.map(|((layer, solved), kept)| match solved.keeps_all(kept) {
+            true => Ok(None),
+            false => solved.rewrite(layer, kept).map(Some),
+        })
+        .collect()
     }
 }
 
@@ -191,10 +195,11 @@ fn part_of(gram: &Mat<f64>, at: &[usize]) -> Mat<f64> {
     Mat::from_fn(at.len(), at.len(), |i, j| gram[(at[i], at[j])])
 }
 
-/// A second moment about its mean.
-fn about(gram: &Mat<f64>, mean: &[f64], center: bool) -> Mat<f64> {
+/// A second moment of rows with this mean about another point; about zero without one.
+fn about(gram: &Mat<f64>, mean: &[f64], point: Option<&[f64]>) -> Mat<f64> {
+    let Some(p) = point else { return gram.clone() };
     let n = gram.nrows();
-    Mat::from_fn(n, n, |i, j| gram[(i, j)] - if center { mean[i] * mean[j] } else { 0.0 })
+    Mat::from_fn(n, n, |i, j| gram[(i, j)] - mean[i] * p[j] - p[i] * mean[j] + p[i] * p[j])
 }
 
 impl Solved {
@@ -229,7 +234,11 @@ impl Solved {
             }
             let (q, k) = (
                 &grams.queries[kv],
-                about(&grams.keys[kv], &grams.key_means[kv], center && n_planes == 0),
+                about(
+                    &grams.keys[kv],
+                    &grams.key_means[kv],
+                    (center && n_planes == 0).then_some(&grams.key_means[kv][..]),
+                ),
             );
             let band_factors = factor(part_of(q, &band).as_ref(), part_of(&k, &band).as_ref())?;
             // Averaged over distances, what one plane adds to the square of a logit.
@@ -240,8 +249,9 @@ impl Solved {
             let score_parts = plane_parts.chain(direction_parts(&band_factors.values, 2)).collect();
             let per_kv = site.at().n_head / site.at().n_head_kv;
             let group = kv * per_kv..(kv + 1) * per_kv;
-            let mean = &grams.value_means[kv];
-            let outs = group.clone().map(|h| about(&grams.outputs[h], mean, center));
+            let mean = center.then_some(&grams.value_means[kv][..]);
+            let outs =
+                group.clone().map(|h| about(&grams.outputs[h], &grams.output_means[h], mean));
             let seen = outs.reduce(|a, b| a + b).unwrap_or_else(Mat::new);
             let products =
                 group.map(|h| output_product(&weights.o, h * hp.value_dim, hp.value_dim));
@@ -258,6 +268,13 @@ impl Solved {
             });
         }
         Ok(Solved { layer: site.layer, pairing, heads, grams, center })
+    }
+
+    /// Whether these are all parts of all heads: then the layer stays as it is.
+    fn keeps_all(&self, (scores, values): (&[Vec<usize>], &[Vec<usize>])) -> bool {
+        let all = |kept: &Vec<usize>, parts: &Vec<Part>| kept.len() == parts.len();
+        let pairs = self.heads.iter().zip(scores.iter().zip(values));
+        pairs.into_iter().all(|(h, (s, v))| all(s, &h.score_parts) && all(v, &h.value_parts))
     }
 
     /// The layer with these parts of its heads, of scores and of values.
@@ -308,7 +325,7 @@ impl Solved {
             };
             new.v.add(&old.v, kv * hp.value_dim, map, mean);
             for h in kv * per_kv..(kv + 1) * per_kv {
-                let gram = about(&self.grams.outputs[h], &self.grams.value_means[kv], self.center);
+                let gram = about(&self.grams.outputs[h], &self.grams.output_means[h], mean);
                 let back =
                     if rank == hp.value_dim { all.clone() } else { refit(gram.as_ref(), map)? };
                 new.add_outputs(&old.o, h * hp.value_dim, back.as_ref(), mean);
@@ -521,6 +538,7 @@ impl Grams {
             queries: (0..n_head_kv).map(queries).collect(),
             keys: (0..n_head_kv).map(|kv| moment(&weights.k, kv, hp.key_dim)).collect(),
             outputs: (0..n_head).map(|h| values[h / per_kv].clone()).collect(),
+            output_means: (0..n_head).map(|h| mean(&weights.v, h / per_kv, hp.value_dim)).collect(),
             values,
             key_means: (0..n_head_kv).map(|kv| mean(&weights.k, kv, hp.key_dim)).collect(),
             value_means: (0..n_head_kv).map(|kv| mean(&weights.v, kv, hp.value_dim)).collect(),
