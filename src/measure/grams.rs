@@ -95,7 +95,6 @@ impl LayerSums {
             queries: queries.chunks(per_kv).map(of_group).collect(),
             key_means: keys.iter().map(|s| s.mean_row(n_tokens)).collect(),
             keys: keys.iter().map(|s| s.mean(n_tokens)).collect(),
-            value_means: values.iter().map(|s| s.mean_row(n_tokens)).collect(),
             values: values.iter().map(|s| s.mean(n_tokens)).collect(),
             output_means: outputs.iter().map(|s| s.mean_row(n_tokens)).collect(),
             outputs: outputs.iter().map(|s| s.mean(n_tokens)).collect(),

@@ -9,6 +9,8 @@
 
 mod ranks;
 mod solver;
+#[cfg(test)]
+mod tests;
 
 use faer::{Mat, MatRef};
 use rayon::prelude::*;
@@ -19,7 +21,7 @@ use super::{
     Choice, Dense, Form, Geometry, Grams, KvHead, Rewritten, Site, Trained, Verdict, Weights,
 };
 use crate::arch::Pairing;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::param::{Domain, Param, param};
 use crate::simd;
 
@@ -57,7 +59,7 @@ static PARAMS: &[Param] = &[
     param("data", "whether directions are chosen by what heads make of a text", 1.0, YES),
     param(
         "center",
-        "whether means of keys and values, which softmax does not see or passes on, are taken out first",
+        "whether means of keys and outputs, which softmax does not see or passes on, are taken out first",
         0.0,
         YES,
     ),
@@ -103,6 +105,7 @@ impl Form for LowRank {
             && keeps_all("energy")
             && is_zero(choice, "qk")
             && is_zero(choice, "ov")
+            && is_zero(choice, "kl")
         {
             true => Ok(()),
             false => Err("what is not kept is lost".into()),
@@ -161,7 +164,6 @@ struct Solved {
     pairing: Pairing,
     heads: Vec<SolvedHead>,
     grams: Grams,
-    center: bool,
 }
 
 /// Of a kv head and the query heads that it serves.
@@ -174,13 +176,16 @@ struct SolvedHead {
     score_parts: Vec<Part>,
     value_factors: Factors,
     value_parts: Vec<Part>,
+    /// What is taken from every key and every value first.
+    key_mean: Option<Vec<f64>>,
+    value_mean: Option<Vec<f64>>,
 }
 
 /// Directions that are kept or dropped together.
 fn unit(width: usize) -> usize {
-    // Whole panels of the cache, but not more than an eighth of a head.
-    let most = (width / 8).max(1);
-    if most >= 8 { 8 } else { 1 << most.ilog2() }
+    // Whole panels of the cache, but not more than an eighth of a head, and all alike.
+    let most = (width / 8).clamp(1, 8);
+    1 << most.ilog2().min(width.trailing_zeros())
 }
 
 /// Directions in the order of their singular values, `unit` of them together.
@@ -195,79 +200,36 @@ fn part_of(gram: &Mat<f64>, at: &[usize]) -> Mat<f64> {
     Mat::from_fn(at.len(), at.len(), |i, j| gram[(at[i], at[j])])
 }
 
-/// A second moment of rows with this mean about another point; about zero without one.
-fn about(gram: &Mat<f64>, mean: &[f64], point: Option<&[f64]>) -> Mat<f64> {
-    let Some(p) = point else { return gram.clone() };
+/// A second moment of what has this mean, about `center`, or about zero.
+fn about(gram: &Mat<f64>, mean: &[f64], center: Option<&[f64]>) -> Mat<f64> {
+    let Some(c) = center else { return gram.clone() };
     let n = gram.nrows();
-    Mat::from_fn(n, n, |i, j| gram[(i, j)] - mean[i] * p[j] - p[i] * mean[j] + p[i] * p[j])
+    Mat::from_fn(n, n, |i, j| gram[(i, j)] - mean[i] * c[j] - c[i] * mean[j] + c[i] * c[j])
+}
+
+/// The mean of some rows.
+fn mean_of(rows: &[Vec<f64>]) -> Vec<f64> {
+    let sum = |i: usize| rows.iter().map(|row| row[i]).sum::<f64>();
+    (0..rows.first().map_or(0, Vec::len)).map(|i| sum(i) / rows.len() as f64).collect()
 }
 
 impl Solved {
     fn of(choice: &Choice, layer: &Trained) -> Result<Solved> {
-        let value = |name: &str| choice.value(name).unwrap_or(0.0);
         let weights = (layer.weights)();
         let site = &layer.site;
-        let hp = site.hparams;
-        let grams = match layer.grams.filter(|_| value("data") == 1.0) {
+        let grams = match layer.grams.filter(|_| choice.value("data") == Some(1.0)) {
             Some(grams) => grams.clone(),
             None => Grams::of_weights(&weights, site),
         };
-        let center = value("center") == 1.0;
-        let n_ctx =
-            if value("ctx") > 0.0 { f64::from(value("ctx")) } else { hp.n_ctx_train as f64 };
-        let is_slow = |theta: &f64| {
-            !hp.qk_norm && value("shared") == 0.0 && theta * n_ctx <= f64::from(value("slow"))
-        };
-        let rope = hp.rope.as_ref().filter(|_| site.rotates());
+        let rope = site.hparams.rope.as_ref().filter(|_| site.rotates());
         let pairing = rope.map_or(Pairing::Adjacent, |r| r.pairing);
-        let mut heads = Vec::new();
-        for kv in 0..site.at().n_head_kv {
-            let n_planes = site.frequencies.len();
-            let planes: Vec<usize> =
-                (0..n_planes).filter(|j| !is_slow(&site.frequencies[*j])).collect();
-            let pair = |j: usize| pairing.pair(j, n_planes);
-            let rotated: Vec<usize> = planes.iter().flat_map(|j| pair(*j)).collect();
-            // With norms of heads nothing can be mixed: what is not rotated stays.
-            let mut band: Vec<usize> = (0..hp.key_dim).filter(|i| !rotated.contains(i)).collect();
-            if hp.qk_norm {
-                band.clear();
-            }
-            let (q, k) = (
-                &grams.queries[kv],
-                about(
-                    &grams.keys[kv],
-                    &grams.key_means[kv],
-                    (center && n_planes == 0).then_some(&grams.key_means[kv][..]),
-                ),
-            );
-            let band_factors = factor(part_of(q, &band).as_ref(), part_of(&k, &band).as_ref())?;
-            // Averaged over distances, what one plane adds to the square of a logit.
-            let size =
-                |gram: &Mat<f64>, j: usize| pair(j).map(|i| gram[(i, i)]).iter().sum::<f64>();
-            let plane_parts =
-                planes.iter().map(|j| Part { dims: 2, energy: size(q, *j) * size(&k, *j) / 2.0 });
-            let score_parts = plane_parts.chain(direction_parts(&band_factors.values, 2)).collect();
-            let per_kv = site.at().n_head / site.at().n_head_kv;
-            let group = kv * per_kv..(kv + 1) * per_kv;
-            let mean = center.then_some(&grams.value_means[kv][..]);
-            let outs =
-                group.clone().map(|h| about(&grams.outputs[h], &grams.output_means[h], mean));
-            let seen = outs.reduce(|a, b| a + b).unwrap_or_else(Mat::new);
-            let products =
-                group.map(|h| output_product(&weights.o, h * hp.value_dim, hp.value_dim));
-            let written = products.reduce(|a, b| a + b).unwrap_or_else(Mat::new);
-            let value_factors = factor(seen.as_ref(), written.as_ref())?;
-            let value_parts = direction_parts(&value_factors.values, unit(hp.value_dim)).collect();
-            heads.push(SolvedHead {
-                planes,
-                band,
-                band_factors,
-                score_parts,
-                value_factors,
-                value_parts,
-            });
-        }
-        Ok(Solved { layer: site.layer, pairing, heads, grams, center })
+        let head = |kv| {
+            SolvedHead::of(choice, site, pairing, (&weights.o, &grams, kv)).map_err(|e| {
+                Error::Usage(format!("form lowrank, layer {}, kv head {kv}: {e}", site.layer))
+            })
+        };
+        let heads = (0..site.at().n_head_kv).map(head).collect::<Result<_>>()?;
+        Ok(Solved { layer: site.layer, pairing, heads, grams })
     }
 
     /// Whether these are all parts of all heads: then the layer stays as it is.
@@ -305,18 +267,16 @@ impl Solved {
                 });
                 new.k.add(&old.k, keys, all.as_ref(), None);
             } else {
-                let mean = (self.center && layer.site.frequencies.is_empty())
-                    .then(|| &self.grams.key_means[kv][..]);
                 let q_map = &map[0];
                 (0..per_kv).for_each(|i| {
                     new.q.add(&old.q, (kv * per_kv + i) * hp.key_dim, q_map.as_ref(), None)
                 });
-                new.k.add(&old.k, keys, map[1].as_ref(), mean);
+                new.k.add(&old.k, keys, map[1].as_ref(), head.key_mean.as_deref());
             }
             let kept =
                 |parts: &[Part], kept: &[usize]| kept.iter().map(|i| parts[*i].dims).sum::<usize>();
             let rank = kept(&head.value_parts, &values[kv]);
-            let mean = self.center.then(|| &self.grams.value_means[kv][..]);
+            let mean = head.value_mean.as_deref();
             let all = Mat::identity(hp.value_dim, hp.value_dim);
             let map = if rank == hp.value_dim {
                 all.as_ref()
@@ -356,6 +316,61 @@ fn lost(parts: &[Part], kept: &[usize]) -> f64 {
 }
 
 impl SolvedHead {
+    fn of(
+        choice: &Choice,
+        site: &Site,
+        pairing: Pairing,
+        (o, grams, kv): (&Dense, &Grams, usize),
+    ) -> Result<SolvedHead> {
+        let value = |name: &str| f64::from(choice.value(name).unwrap_or(0.0));
+        let hp = site.hparams;
+        let n_planes = site.frequencies.len();
+        let n_ctx = if value("ctx") > 0.0 { value("ctx") } else { hp.n_ctx_train as f64 };
+        let is_slow = |j: usize| {
+            let turned = site.frequencies[j] * n_ctx;
+            !hp.qk_norm && value("shared") == 0.0 && turned <= value("slow")
+        };
+        let planes: Vec<usize> = (0..n_planes).filter(|j| !is_slow(*j)).collect();
+        let pair = |j: usize| pairing.pair(j, n_planes);
+        let rotated: Vec<usize> = planes.iter().flat_map(|j| pair(*j)).collect();
+        // With norms of heads nothing can be mixed: what is not rotated stays.
+        let mut band: Vec<usize> = (0..hp.key_dim).filter(|i| !rotated.contains(i)).collect();
+        if hp.qk_norm {
+            band.clear();
+        }
+        let per_kv = site.at().n_head / site.at().n_head_kv;
+        let group = kv * per_kv..(kv + 1) * per_kv;
+        let centers = value("center") == 1.0;
+        let key_mean = (centers && n_planes == 0).then(|| grams.key_means[kv].clone());
+        let value_mean = centers.then(|| mean_of(&grams.output_means[group.clone()]));
+        let q = &grams.queries[kv];
+        let k = about(&grams.keys[kv], &grams.key_means[kv], key_mean.as_deref());
+        let band_factors = factor(part_of(q, &band).as_ref(), part_of(&k, &band).as_ref())?;
+        // Averaged over distances, what one plane adds to the square of a logit.
+        let size = |gram: &Mat<f64>, j: usize| pair(j).map(|i| gram[(i, i)]).iter().sum::<f64>();
+        let plane_parts =
+            planes.iter().map(|j| Part { dims: 2, energy: size(q, *j) * size(&k, *j) / 2.0 });
+        let score_parts = plane_parts.chain(direction_parts(&band_factors.values, 2)).collect();
+        let outs = group
+            .clone()
+            .map(|h| about(&grams.outputs[h], &grams.output_means[h], value_mean.as_deref()));
+        let seen = outs.reduce(|a, b| a + b).unwrap_or_else(Mat::new);
+        let products = group.map(|h| output_product(o, h * hp.value_dim, hp.value_dim));
+        let written = products.reduce(|a, b| a + b).unwrap_or_else(Mat::new);
+        let value_factors = factor(seen.as_ref(), written.as_ref())?;
+        let value_parts = direction_parts(&value_factors.values, unit(hp.value_dim)).collect();
+        Ok(SolvedHead {
+            planes,
+            band,
+            band_factors,
+            score_parts,
+            value_factors,
+            value_parts,
+            key_mean,
+            value_mean,
+        })
+    }
+
     /// What rows of queries and keys are multiplied with, each `[key_dim, score_dim]`, and the planes
     /// that are left: `None` where that is all of a head that stays as it is.
     fn score_map(
@@ -538,10 +553,9 @@ impl Grams {
             queries: (0..n_head_kv).map(queries).collect(),
             keys: (0..n_head_kv).map(|kv| moment(&weights.k, kv, hp.key_dim)).collect(),
             outputs: (0..n_head).map(|h| values[h / per_kv].clone()).collect(),
-            output_means: (0..n_head).map(|h| mean(&weights.v, h / per_kv, hp.value_dim)).collect(),
             values,
             key_means: (0..n_head_kv).map(|kv| mean(&weights.k, kv, hp.key_dim)).collect(),
-            value_means: (0..n_head_kv).map(|kv| mean(&weights.v, kv, hp.value_dim)).collect(),
+            output_means: (0..n_head).map(|h| mean(&weights.v, h / per_kv, hp.value_dim)).collect(),
         }
     }
 }

@@ -61,6 +61,10 @@ pub(super) fn choose(what: &str, heads: &[Parts], target: Target) -> Result<Vec<
                     head.layer
                 );
             }
+            let cut = heads.iter().filter(|h| h.width() > rank).flat_map(|h| &h.parts);
+            if let Some(unit) = cut.map(|p| p.dims).find(|unit| !rank.is_multiple_of(*unit)) {
+                bad_usage!("form lowrank: {what} = {rank}; allowed are multiples of {unit}");
+            }
             heads.iter().map(|h| first(h, |dims, _| dims <= rank)).collect()
         }
         Target::Energy(share) => {
@@ -179,7 +183,10 @@ mod tests {
         let heads = heads();
         let kept = choose("qk", &heads, Target::Rank(10)).unwrap();
         assert!(kept.iter().all(|k| k == &[0, 1, 2, 3, 4]));
-        assert!(choose("qk", &heads, Target::Rank(33)).is_err());
+        for (rank, message) in [(34, "heads of layer 0 have 32"), (9, "multiples of 2")] {
+            let error = choose("qk", &heads, Target::Rank(rank)).unwrap_err();
+            assert!(error.to_string().contains(message), "{error}");
+        }
         for (head, kept) in heads.iter().zip(choose("qk", &heads, Target::Energy(0.9)).unwrap()) {
             let energy = |n: usize| kept[..n].iter().map(|i| head.parts[*i].energy).sum::<f64>();
             assert!(energy(kept.len()) >= 0.9 * head.energy());
