@@ -243,7 +243,7 @@ impl Model {
         warnings.extend(bind.unknown());
         let plan = trained.clone();
         let attention = attention(hp, &plan);
-        Ok(Model {
+        let model = Model {
             tokenizer,
             trained,
             plan,
@@ -257,7 +257,11 @@ impl Model {
             warnings,
             hparams,
             gguf,
-        })
+        };
+        match model.check(&model.plan) {
+            Err(e) => bad_file!("key \"{}\": {e}", rewritten::FORM),
+            Ok(()) => Ok(model),
+        }
     }
 
     /// Number of weights.
@@ -371,7 +375,7 @@ impl Binder<'_> {
     fn layer(&mut self, i: usize, layer: &LayerHparams, hp: &Hparams) -> Result<Layer> {
         let e = hp.n_embd;
         let dk = hp.key_dim;
-        let g = Geometry { n_head: layer.n_head, kv: hp.kv_heads(layer) };
+        let g = Geometry::new(layer.n_head, hp.kv_heads(layer));
         let blk = format!("blk.{i}");
         let at = |name: &str| format!("{blk}.{name}");
         let output_bias = match layer.rewritten {

@@ -5,7 +5,9 @@
 //! ones that look like those of a trained layer with other widths ([`Rewritten`]), or say that another
 //! thing is cached ([`Geometry`]), or both.
 
+mod absorb;
 mod lowrank;
+mod slim;
 mod split;
 
 use faer::Mat;
@@ -53,7 +55,18 @@ pub trait Form: Sync + Send {
 
     /// The shape that attention has in a layer as it is in its file, rewritten or not.
     fn geometry(&self, hparams: &Hparams, layer: &LayerHparams) -> Geometry {
-        Geometry { n_head: layer.n_head, kv: hparams.kv_heads(layer) }
+        Geometry::new(layer.n_head, hparams.kv_heads(layer))
+    }
+
+    /// Whether it gives layers other matrices, so that it cannot be changed in a model that is open.
+    fn rewrites(&self) -> bool {
+        false
+    }
+
+    /// What makes values of the keys of a token where those are all that is kept of it
+    /// ([`Kept::Keys`]): `[k * value_dim, k * key_dim]`. An error is the reason why there is nothing.
+    fn values(&self, _: &Choice, _: &Weights) -> std::result::Result<Option<Dense>, String> {
+        Ok(None)
     }
 }
 
@@ -104,8 +117,27 @@ pub struct Trained<'a> {
 pub struct Geometry {
     /// Query heads.
     pub n_head: usize,
-    /// Cached key and value heads; each serves as many query heads in a row.
+    /// Key and value heads; each serves as many query heads in a row.
     pub kv: Vec<KvHead>,
+    /// What the cache keeps of them.
+    pub kept: Kept,
+}
+
+/// What the cache keeps of a token in one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    /// The keys, rotated, and the values of all kv heads.
+    KeysAndValues,
+    /// The keys alone, before rotation. Values are made of them.
+    Keys {
+        /// Planes of the rotation.
+        n_planes: usize,
+    },
+    /// The layer's normed input. Keys and values are made of it.
+    Input {
+        /// Its elements.
+        n_embd: usize,
+    },
 }
 
 /// A matrix that is to be rewritten, with its bias.
@@ -176,7 +208,8 @@ pub struct Grams {
 }
 
 /// Every form.
-pub static FORMS: &[&dyn Form] = &[&split::Split, &lowrank::LowRank];
+pub static FORMS: &[&dyn Form] =
+    &[&split::Split, &lowrank::LowRank, &slim::Slim, &absorb::Absorb];
 
 /// The form of this name.
 pub fn find(name: &str) -> Result<&'static dyn Form> {
@@ -236,6 +269,25 @@ impl Choice {
 }
 
 impl Geometry {
+    /// Attention that keeps keys and values.
+    pub fn new(n_head: usize, kv: Vec<KvHead>) -> Geometry {
+        Geometry { n_head, kv, kept: Kept::KeysAndValues }
+    }
+
+    /// What is cached, as if it were keys and values: heads without values where only keys are kept, one
+    /// wide head where it is the input.
+    pub fn stored(&self) -> Vec<KvHead> {
+        let mut stored = self.kv.clone();
+        match self.kept {
+            Kept::KeysAndValues => {}
+            Kept::Keys { .. } => stored.iter_mut().for_each(|head| head.value_dim = 0),
+            Kept::Input { n_embd } => {
+                stored = vec![KvHead { score_dim: n_embd, value_dim: 0, planes: None }];
+            }
+        }
+        stored
+    }
+
     /// Kv heads.
     pub fn n_head_kv(&self) -> usize {
         self.kv.len()
@@ -270,7 +322,7 @@ impl Geometry {
 
     /// Cached elements per token.
     pub fn cached(&self) -> usize {
-        self.key_width() + self.value_width()
+        self.stored().iter().map(|head| head.score_dim + head.value_dim).sum()
     }
 
     /// Elements of a row of keys.

@@ -1,11 +1,11 @@
 //! Attention as numbers, and the model with other numbers in its place.
 
-use super::{Linear, Model};
+use super::{BLOCK, Linear, Model, Weight};
 use crate::arch::rewritten;
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{Bytes, Data, Gguf, Value, Writer};
-use crate::merge::{self, Dense, Site, Weights};
+use crate::merge::{self, Dense, Kept, Site, Weights};
 use crate::normalizer;
 use crate::plan::Plan;
 use crate::quant::{self, FORMATS, Format};
@@ -27,6 +27,13 @@ impl Linear {
             w.format.dequantize(w.row(i), out);
         }
         Dense { n_in: w.n_in, data, bias: self.bias.clone() }
+    }
+
+    /// Numbers in a format.
+    fn of(numbers: &Dense, format: &'static Format) -> Linear {
+        let (n_in, n_out) = (numbers.n_in, numbers.data.len() / numbers.n_in);
+        let bytes = Bytes::from(rows(numbers, format));
+        Linear { weight: Weight { format, n_in, n_out, bytes }, bias: numbers.bias.clone() }
     }
 }
 
@@ -60,6 +67,24 @@ impl Model {
                 None => Vec::new(),
             },
         }
+    }
+
+    /// What makes values of what is cached in a layer where that are keys alone.
+    pub fn value_map(&self, layer: usize) -> Result<Option<Linear>> {
+        let Kept::Keys { .. } = self.attention[layer].geometry.kept else { return Ok(None) };
+        let choice = &self.plan.layers[layer].form;
+        let map = match choice.form().values(choice, &self.weights(layer)) {
+            Ok(map) => map,
+            Err(reason) => bad_usage!("form {}, layer {layer}: {reason}", choice.text()),
+        };
+        // What is rounded in it is rounded in every value, so 8 bits at least.
+        let name = match self.layers[layer].attn_v.weight.format.ty.name {
+            "F32" => "F32",
+            "F16" | "BF16" => "F16",
+            _ if self.hparams.n_embd.is_multiple_of(BLOCK) => "Q8_0",
+            _ => "F16",
+        };
+        Ok(map.zip(quant::format_named(name)).map(|(map, format)| Linear::of(&map, format)))
     }
 
     /// Refuses a plan with normalizers that the forms of this model's layers do not go with.
@@ -179,13 +204,19 @@ fn format_for(new: &Dense, old: &'static Format, n_old: usize, error: f64) -> &'
     best
 }
 
-fn put(writer: &mut Writer, name: &str, numbers: &Dense, format: &'static Format) -> Result<()> {
+/// Rows in a format, one after the other.
+fn rows(numbers: &Dense, format: &Format) -> Vec<u8> {
     let n = numbers.n_in;
-    let n_out = numbers.data.len() / n;
-    let mut bytes = vec![0; format.row_bytes(n) * n_out];
+    let mut bytes = vec![0; format.row_bytes(n) * (numbers.data.len() / n)];
     let rows = numbers.data.chunks_exact(n).zip(bytes.chunks_exact_mut(format.row_bytes(n)));
     rows.for_each(|(row, out)| format.quantize(row, out));
-    let dims = [n as u64, n_out as u64];
+    bytes
+}
+
+fn put(writer: &mut Writer, name: &str, numbers: &Dense, format: &'static Format) -> Result<()> {
+    let n = numbers.n_in;
+    let bytes = rows(numbers, format);
+    let dims = [n as u64, (numbers.data.len() / n) as u64];
     writer.tensor(&format!("{name}.weight"), format.ty, &dims, Data::View(Bytes::from(bytes)))?;
     let Some(bias) = &numbers.bias else { return Ok(()) };
     let Some(floats) = quant::format_named("F32") else { return Ok(()) };

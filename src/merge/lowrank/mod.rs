@@ -116,6 +116,10 @@ impl Form for LowRank {
         choice.value("data") == Some(1.0)
     }
 
+    fn rewrites(&self) -> bool {
+        true
+    }
+
     fn rewrite(&self, choice: &Choice, layers: &[Trained]) -> Result<Vec<Option<Rewritten>>> {
         let solved = layers.par_iter().map(|layer| Solved::of(choice, layer));
         let solved = solved.collect::<Result<Vec<_>>>()?;
@@ -301,7 +305,7 @@ impl Solved {
         let weights = new.finish();
         Ok(Rewritten {
             weights,
-            geometry: Geometry { n_head, kv: kv_heads },
+            geometry: Geometry::new(n_head, kv_heads),
             score_errors,
             output_errors,
         })
