@@ -11,6 +11,7 @@ use super::rows::Rows;
 use super::runs::{Run, Runs};
 use super::threads::Columns;
 use crate::attention::Attention;
+use crate::merge::Kept;
 use crate::simd;
 
 /// Query rows that share a pass over the cache, when a prompt is read.
@@ -209,16 +210,39 @@ pub(super) fn fill_queries<'a>(
 
 impl Buffers {
     /// Attention of the tokens in `q`, the first of which is at `position`, into `heads`.
-    pub(super) fn attend(&mut self, pass: &Pass, layer: usize, cache: &KvCache, position: usize) {
+    pub(super) fn attend(
+        &mut self,
+        pass: &Pass,
+        layer: usize,
+        cache: &mut KvCache,
+        position: usize,
+    ) {
         let attention = &pass.model.attention[layer];
         let g = &attention.geometry;
-        if let Some(observer) = pass.observer.filter(|o| o.wants(layer)) {
-            return self.observe(pass, (cache, layer), position, observer);
+        let n = self.q.len() / g.query_width();
+        let observer = pass.observer.filter(|o| o.wants(layer));
+        if g.kept != Kept::KeysAndValues {
+            if n == 1 && observer.is_none() {
+                return self.attend_latent(pass, layer, cache, position);
+            }
+            let visible = |t: usize| attention.visible(position + t, pass.prompt);
+            match observer {
+                // It sees the values of all.
+                Some(_) => self.rebuild(pass, layer, cache, &[0..position + n]),
+                None => {
+                    let runs = Runs::by((0..n).map(visible)).positions();
+                    self.rebuild(pass, layer, cache, &runs);
+                }
+            }
         }
-        let alone = self.q.len() == g.query_width();
-        match alone && attention.visible(position, pass.prompt).len() > SHORT {
-            true => self.attend_one(pass, attention, (cache, layer), position),
-            false => self.attend_blocks(pass, attention, (cache, layer), position),
+        let cache = &*cache;
+        let at = cache.rebuilt(layer).unwrap_or((cache, layer));
+        if let Some(observer) = observer {
+            return self.observe(pass, (at, layer), position, observer);
+        }
+        match n == 1 && attention.visible(position, pass.prompt).len() > SHORT {
+            true => self.attend_one(pass, attention, at, position),
+            false => self.attend_blocks(pass, attention, at, position),
         }
     }
 
@@ -309,7 +333,7 @@ impl Buffers {
             let runs = Runs::by(tokens.clone().map(visible));
             let width = runs.width();
             let kv = Head { cache, layer, head };
-            let ThreadBuffers { scratch, q, scores, mix, out } = own;
+            let ThreadBuffers { scratch, q, scores, mix, out, .. } = own;
             scores.resize(n_rows * width, 0.0);
             for run in runs.0 {
                 // SAFETY: the output is this thread's own.

@@ -1,4 +1,5 @@
-//! The cache of keys and values, in the layouts that the kernels multiply with.
+//! The cache of keys and values, or of what they are made of, in the layouts that the kernels multiply
+//! with.
 //!
 //! Keys of a head are the rows of a matrix that grows by a row per position; values are its
 //! transpose, which grows by a column. So scores and the mixing of values are products of packed
@@ -14,9 +15,10 @@ use memmap2::MmapMut;
 
 use super::kernels::{Copies, LANES, LAYOUTS, Panels};
 use super::threads::{Columns, Crew};
+use super::tiles::Lanes;
 use crate::bad_usage;
 use crate::error::Result;
-use crate::merge::{Geometry, KvHead};
+use crate::merge::{Geometry, Kept, KvHead};
 
 /// Elements that are stored at once before more than one thread is worth its while.
 const MIN_PARALLEL: usize = 8192;
@@ -61,7 +63,7 @@ impl CacheType {
         if self.is_rounded() { dim.next_multiple_of(GROUP) } else { dim }
     }
 
-    fn layout(self, of_keys: bool) -> usize {
+    pub(super) fn layout(self, of_keys: bool) -> usize {
         let name = match self {
             CacheType::F32 => "F32",
             CacheType::F16 => "F16",
@@ -105,19 +107,28 @@ impl CacheType {
     }
 }
 
-/// Keys and values of every layer for up to `n_ctx` positions.
+/// Keys and values of every layer for up to `n_ctx` positions, or what they are made of.
 pub struct KvCache {
     n_ctx: usize,
     keys: CacheType,
     values: CacheType,
     layers: Vec<LayerCache>,
+    /// Keys and values of one layer after the other, made again where rows are cached and several
+    /// tokens attend: one layer for each shape.
+    rebuilt: Option<Box<KvCache>>,
+    /// Cosines and sines of every position, where keys are rotated when they are read: panels of
+    /// [`LANES`] positions, each two vectors for every plane.
+    angles: Vec<Lanes>,
 }
 
-/// For each kv head, keys: panels of [`LANES`] positions; values: panels of [`LANES`] elements, then
+/// For each head of [`Geometry::stored`], keys: panels of [`LANES`] positions; values: panels of [`LANES`] elements, then
 /// their scales, `[value_dim / 32, n_ctx]`. Heads of a width that is not one of whole blocks have
 /// zeros after their elements.
 struct LayerCache {
+    /// Its heads are those that are stored.
     geometry: Geometry,
+    /// The layer of the rebuilt keys and values.
+    rebuilt: Option<usize>,
     keys: MmapMut,
     values: MmapMut,
     /// Where the heads begin in either, and where the last ends.
@@ -158,7 +169,8 @@ impl KvCache {
                 Some(starts)
             })
         };
-        let layer = |geometry: Geometry| {
+        let (layers, shapes, n_planes) = shapes(layers);
+        let layer = |(geometry, rebuilt): (Geometry, Option<usize>)| {
             let key_starts = starts(&geometry, &|head| key_bytes(head.score_dim));
             let value_starts = starts(&geometry, &|head| value_bytes(head.value_dim));
             let end = |starts: &Option<Vec<usize>>| starts.as_ref()?.last().copied();
@@ -168,9 +180,20 @@ impl KvCache {
                 key_starts: key_starts.unwrap_or_default(),
                 value_starts: value_starts.unwrap_or_default(),
                 geometry,
+                rebuilt,
             })
         };
-        Ok(KvCache { n_ctx, keys, values, layers: layers.map(layer).collect::<Result<_>>()? })
+        let rebuilt = match shapes.is_empty() {
+            true => None,
+            false => Some(Box::new(KvCache::new(shapes.into_iter(), n_ctx, rebuilt_types(keys))?)),
+        };
+        let n_angles = places.and_then(|n| (n / LANES * 2).checked_mul(n_planes));
+        let n_bytes = n_angles.and_then(|n| n.checked_mul(size_of::<Lanes>()));
+        // As memory, so that too much of it is an error.
+        memory(n_bytes)?;
+        let angles = vec![[0.0; LANES]; n_angles.unwrap_or(0)];
+        let layers = layers.into_iter().map(layer).collect::<Result<_>>()?;
+        Ok(KvCache { n_ctx, keys, values, layers, rebuilt, angles })
     }
 
     /// Positions that fit.
@@ -190,13 +213,53 @@ impl KvCache {
 
     /// Size in bytes.
     pub fn n_bytes(&self) -> usize {
-        (0..self.layers.len()).map(|i| self.layer_bytes(i)).sum()
+        let layers: usize = (0..self.layers.len()).map(|i| self.layer_bytes(i)).sum();
+        let rebuilt = self.rebuilt.as_ref().map_or(0, |cache| cache.n_bytes());
+        layers + rebuilt + size_of_val(&self.angles[..])
     }
 
     /// Size of one layer in bytes.
     pub fn layer_bytes(&self, layer: usize) -> usize {
-        let LayerCache { keys, values, .. } = &self.layers[layer];
-        keys.len() + values.len()
+        let LayerCache { key_starts, value_starts, .. } = &self.layers[layer];
+        [key_starts, value_starts].iter().filter_map(|starts| starts.last()).sum()
+    }
+
+    /// The cache of rebuilt keys and values, and the layer of it that a layer has.
+    pub(super) fn rebuilt(&self, layer: usize) -> Option<(&KvCache, usize)> {
+        Some((self.rebuilt.as_deref()?, self.layers[layer].rebuilt?))
+    }
+
+    /// The same, out of this cache, until it is put back.
+    pub(super) fn take_rebuilt(&mut self, layer: usize) -> Option<(Box<KvCache>, usize)> {
+        let at = self.layers[layer].rebuilt?;
+        Some((self.rebuilt.take()?, at))
+    }
+
+    /// Puts it back.
+    pub(super) fn put_rebuilt(&mut self, rebuilt: Box<KvCache>) {
+        self.rebuilt = Some(rebuilt);
+    }
+
+    /// The shape of what a layer stores: [`Geometry::stored`].
+    pub(super) fn stored(&self, layer: usize) -> &Geometry {
+        &self.layers[layer].geometry
+    }
+
+    /// Takes the cosines and sines of positions from `n_past` on, each `[n_planes]`.
+    pub(super) fn turn(&mut self, n_past: usize, angles: &[Vec<[f32; 2]>]) {
+        for (position, angles) in (n_past..).zip(angles) {
+            let panel = position / LANES * 2 * angles.len();
+            for (plane, both) in angles.iter().enumerate() {
+                for (i, x) in both.iter().enumerate() {
+                    self.angles[panel + 2 * plane + i][position % LANES] = *x;
+                }
+            }
+        }
+    }
+
+    /// The cosines and sines of a panel, for `n_planes` planes: for each of them two vectors.
+    pub(super) fn angles(&self, panel: usize, n_planes: usize) -> &[Lanes] {
+        &self.angles[panel * 2 * n_planes..(panel + 1) * 2 * n_planes]
     }
 
     /// Positions for which there is room.
@@ -221,8 +284,14 @@ impl KvCache {
     ) {
         let (key_type, value_type) = (self.keys, self.values);
         let (places, value_stride) = (self.places(), self.value_stride());
-        let LayerCache { geometry, keys: key_cache, values: value_cache, key_starts, value_starts } =
-            &mut self.layers[layer];
+        let LayerCache {
+            geometry,
+            keys: key_cache,
+            values: value_cache,
+            key_starts,
+            value_starts,
+            ..
+        } = &mut self.layers[layer];
         let parallel = keys.len() + values.len() >= MIN_PARALLEL;
         let each_head =
             |map: &mut MmapMut, starts: &[usize], f: &(dyn Fn(usize, &mut [u8]) + Sync)| {
@@ -245,6 +314,9 @@ impl KvCache {
                 store_key(key_type, cache, lane, whole.of(&row[at.clone()]));
             }
         });
+        if geometry.value_width() == 0 {
+            return;
+        }
         each_head(value_cache, value_starts, &|head, cache| {
             let at = geometry.values(head);
             let mut whole = Whole::new(at.len(), value_type);
@@ -326,6 +398,38 @@ impl KvCache {
         let at = at + (row / GROUP * self.places() + start) * 2;
         self.values.is_rounded().then(|| &values[at..at + 2 * n])
     }
+}
+
+/// Types of keys and values that are made again: they are of one layer, so they need not be small.
+fn rebuilt_types(cached: CacheType) -> (CacheType, CacheType) {
+    match cached {
+        CacheType::F32 => (CacheType::F32, CacheType::F32),
+        _ => (CacheType::F16, CacheType::F16),
+    }
+}
+
+/// What layers of these shapes store, and which of the shapes that are made again each has; those; most
+/// planes that are rotated when they are read.
+fn shapes(
+    layers: impl Iterator<Item = Geometry>,
+) -> (Vec<(Geometry, Option<usize>)>, Vec<Geometry>, usize) {
+    let mut shapes: Vec<Geometry> = Vec::new();
+    let mut most = 0;
+    let mut stored = |geometry: Geometry| {
+        if let Kept::Keys { n_planes } = geometry.kept {
+            most = most.max(n_planes);
+        }
+        let shape = Geometry::new(geometry.n_head, geometry.kv.clone());
+        let rebuilt = (geometry.kept != Kept::KeysAndValues).then(|| {
+            shapes.iter().position(|s| *s == shape).unwrap_or_else(|| {
+                shapes.push(shape);
+                shapes.len() - 1
+            })
+        });
+        (Geometry { kv: geometry.stored(), ..geometry }, rebuilt)
+    };
+    let layers = layers.map(&mut stored).collect();
+    (layers, shapes, most)
 }
 
 /// Makes rows of one width rows of whole blocks.

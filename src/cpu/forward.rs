@@ -6,12 +6,14 @@ use std::ops::Range;
 use super::KvCache;
 use super::attend::MixBuffers;
 use super::kernels::{Activations, Copies, LANES, Scratch};
+use super::latent::{LatentBuffers, Tiles};
 use super::observe::Observer;
 use super::ops::{Rotation, activate, norm_row};
 use super::rows::Rows;
 use super::threads::{Columns, Crew, Team};
 use super::weights::{LayerMatrices, Matrices, Matrix};
 use crate::error::Result;
+use crate::merge::Kept;
 use crate::model::{Layer, Model, NormWeight};
 use crate::simd;
 
@@ -53,6 +55,8 @@ pub(super) struct Buffers {
     up: Rows,
     /// Cosines and sines. `[n]`, each `[rope.dim / 2]`
     angles: Vec<Vec<[f32; 2]>>,
+    /// Where rows are cached that keys and values are made of.
+    pub(super) latent: LatentBuffers,
     /// One for each thread.
     pub(super) threads: Vec<ThreadBuffers>,
 }
@@ -66,6 +70,7 @@ pub(super) struct ThreadBuffers {
     pub(super) scores: Vec<f32>,
     pub(super) mix: MixBuffers,
     pub(super) out: Vec<f32>,
+    pub(super) tiles: Tiles,
 }
 
 /// Numbers of threads.
@@ -95,6 +100,13 @@ impl Engine {
         let mut buffers = Buffers::default();
         buffers.threads.resize_with(team.n_threads(), ThreadBuffers::default);
         Ok(Engine { team, n_threads, rotation, matrices, buffers })
+    }
+
+    /// The same for the model in other forms, with as many threads.
+    pub fn again(&self, model: &Model, pin: bool, exact: bool) -> Result<Engine> {
+        let most = Threads { one: self.team.n_threads(), batch: self.team.n_threads() };
+        let engine = Engine::new(model, most, pin, exact)?;
+        Ok(Engine { n_threads: self.n_threads, ..engine })
     }
 
     /// Numbers of threads.
@@ -169,8 +181,8 @@ impl Engine {
 pub(super) struct Pass<'a> {
     pub(super) crew: &'a Crew,
     pub(super) model: &'a Model,
-    rotation: Option<&'a Rotation>,
-    matrices: &'a Matrices,
+    pub(super) rotation: Option<&'a Rotation>,
+    pub(super) matrices: &'a Matrices,
     pub(super) observer: Option<&'a dyn Observer>,
     /// Position of the batch's first token.
     n_past: usize,
@@ -253,12 +265,16 @@ impl Buffers {
         let n = self.x.len() / hp.n_embd;
         let others = if hp.parallel { w.ffn_copies() } else { Copies::default() };
         self.norm(pass, &layer.attn_norm, w.qkv_copies() | others);
-        self.project(pass, w, n);
-        self.norm_heads(pass, (i, layer));
         let looks = pass.observer.filter(|o| o.wants_heads(i));
+        let kept = match looks {
+            Some(_) => Kept::KeysAndValues,
+            None => pass.model.attention[i].geometry.kept,
+        };
+        self.project(pass, w, (i, kept), n);
+        self.norm_heads(pass, (i, layer));
         let before = looks.map(|_| (self.q.clone(), self.k.clone()));
         self.rotate(pass, i, n);
-        cache.store(pass.crew, i, pass.n_past, &self.k, &self.v);
+        self.store(pass, i, cache);
         if rest.is_empty() {
             return;
         }
@@ -299,15 +315,42 @@ impl Buffers {
         });
     }
 
-    /// Queries, keys and values of the batch.
-    fn project(&mut self, pass: &Pass, w: &LayerMatrices, n: usize) {
+    /// Queries, keys and values of the batch, or those of them that are needed for what is `kept`.
+    fn project(&mut self, pass: &Pass, w: &LayerMatrices, (i, kept): (usize, Kept), n: usize) {
         let Buffers { normed, q, k, v, threads, .. } = self;
         let mut outs = [(&w.attn_q, q), (&w.attn_k, k), (&w.attn_v, v)];
         for (w, out) in &mut outs {
             out.resize(n * w.n_out, 0.0);
         }
         let outs = outs.map(|(w, out)| (w, Columns::new(out, w.n_out)));
-        products(pass.crew, &outs, &normed.view(), threads);
+        let of_keys = matches!(pass.model.attention[i].geometry.kept, Kept::Keys { .. });
+        let n_outs = match kept {
+            Kept::Input { .. } => 1,
+            _ if of_keys => 2,
+            _ => 3,
+        };
+        products(pass.crew, &outs[..n_outs], &normed.view(), threads);
+        if of_keys && kept == Kept::KeysAndValues {
+            let mut keys = Rows::default();
+            keys.fill(n, w.attn_v.n_in, w.attn_v.copies, |floats| floats.copy_from_slice(&self.k));
+            let outs = [(&w.attn_v, Columns::new(&mut self.v, w.attn_v.n_out))];
+            products(pass.crew, &outs, &keys.view(), &mut self.threads);
+        }
+    }
+
+    /// Stores what the cache keeps of the batch.
+    fn store(&mut self, pass: &Pass, i: usize, cache: &mut KvCache) {
+        let (n_past, crew) = (pass.n_past, pass.crew);
+        match pass.model.attention[i].geometry.kept {
+            Kept::KeysAndValues => cache.store(crew, i, n_past, &self.k, &self.v),
+            Kept::Keys { n_planes } => {
+                if n_planes > 0 {
+                    cache.turn(n_past, &self.angles);
+                }
+                cache.store(crew, i, n_past, &self.k, &[]);
+            }
+            Kept::Input { .. } => cache.store(crew, i, n_past, &self.normed.floats, &[]),
+        }
     }
 
     /// Norms heads of queries and keys, and drops what the layer has no planes for.
@@ -334,7 +377,8 @@ impl Buffers {
         }
     }
 
-    /// Rotates queries and keys, and scales queries by what scores are scaled with.
+    /// Rotates queries and those keys that are cached so, and scales queries by what scores are scaled
+    /// with.
     fn rotate(&mut self, pass: &Pass, i: usize, n: usize) {
         let hp = &pass.model.hparams;
         let rotation = pass.rotation.filter(|_| hp.layers[i].rotates);
@@ -356,7 +400,7 @@ impl Buffers {
             }
             simd::scale(row, scale);
         });
-        if rotation.is_none() {
+        if rotation.is_none() || g.kept != Kept::KeysAndValues {
             return;
         }
         let width = self.k.len() / n;
@@ -481,7 +525,7 @@ fn rows_per_task(crew: &Crew, total: usize) -> usize {
 }
 
 /// Products of one input with several matrices, as one phase.
-fn products(
+pub(super) fn products(
     crew: &Crew,
     outs: &[(&Matrix, Columns<f32>)],
     x: &Activations,

@@ -1,18 +1,21 @@
 //! The CPU engine: one forward pass for every architecture, on packed weights.
 //!
 //! A result has the same bits with any number of threads and however tokens are fed: together or
-//! one by one. It differs in the last bits between instruction sets ([`crate::simd::Level`]).
+//! one by one; but where rows are cached that keys and values are made of, one by one is another
+//! order of sums. It differs in the last bits between instruction sets ([`crate::simd::Level`]).
 
 mod attend;
 mod cache;
 mod forward;
 pub mod kernels;
+mod latent;
 mod limits;
 mod observe;
 mod ops;
 mod rows;
 mod runs;
 pub mod threads;
+mod tiles;
 mod weights;
 
 pub use cache::{CacheType, KvCache};

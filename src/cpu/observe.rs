@@ -145,11 +145,11 @@ impl Buffers {
     }
 
     /// Attention of the tokens in `q`, the first of which is at `position`, into `heads`, a head at
-    /// a time, each of which is shown to `observer`.
+    /// a time, each of which is shown to `observer`. `at`: the layer's place in `cache`.
     pub(super) fn observe(
         &mut self,
         pass: &Pass,
-        (cache, layer): (&KvCache, usize),
+        ((cache, at), layer): ((&KvCache, usize), usize),
         position: usize,
         observer: &dyn Observer,
     ) {
@@ -165,10 +165,10 @@ impl Buffers {
         let Buffers { q, heads, threads, .. } = self;
         let heads = Columns::new(&mut heads.floats[..], heads.width);
         pass.crew.each_with(threads, g.n_head, |own, head| {
-            let (at, value_dim) = (g.queries(head), g.kv[head / per_kv].value_dim);
-            let dims = (at.len(), cache.types().0.whole(at.len()));
-            fill_queries(&mut own.q, n, dims, copies, |t| &q[t * q_width..][at.clone()]);
-            let kv = Head { cache, layer, head: head / per_kv };
+            let (place, value_dim) = (g.queries(head), g.kv[head / per_kv].value_dim);
+            let dims = (place.len(), cache.types().0.whole(place.len()));
+            fill_queries(&mut own.q, n, dims, copies, |t| &q[t * q_width..][place.clone()]);
+            let kv = Head { cache, layer: at, head: head / per_kv };
             let mut padded = vec![0.0; n * width];
             let out = Columns::new(&mut padded, width);
             for run in runs.0 {

@@ -40,6 +40,11 @@ impl Rotation {
         Rotation { pairing: rope.pairing, frequencies, magnitude }
     }
 
+    /// Which elements form a plane.
+    pub(super) fn pairing(&self) -> Pairing {
+        self.pairing
+    }
+
     /// The elements of a head that are those of a plane.
     pub(super) fn pair(&self, plane: usize, n_planes: usize) -> [usize; 2] {
         self.pairing.pair(plane, n_planes)

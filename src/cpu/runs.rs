@@ -1,5 +1,7 @@
 //! The keys that queries see, as columns of their rows of scores.
 
+use std::ops::Range;
+
 use super::kernels::LANES;
 use crate::mask::Visible;
 
@@ -46,6 +48,18 @@ impl Runs {
         (last.column + last.n).next_multiple_of(LANES).max(LANES)
     }
 
+    /// The panel of keys whose scores are in this panel of columns.
+    pub(super) fn panel(&self, column: usize) -> usize {
+        let [far, near] = self.0;
+        let run = if column * LANES < near.column { far } else { near };
+        (run.start + column * LANES - run.column) / LANES
+    }
+
+    /// The positions that are read: whole panels.
+    pub(super) fn positions(&self) -> [Range<usize>; 2] {
+        self.0.map(|run| run.start..run.start + run.n)
+    }
+
     /// Number of parts of `size` positions at most.
     pub(super) fn n_parts(&self, size: usize) -> usize {
         self.0.iter().map(|run| run.n.div_ceil(size)).sum()
@@ -89,6 +103,8 @@ mod tests {
         let seen = Runs::by(queries[1..].iter().cloned());
         assert_eq!(seen.0.map(|r| (r.start, r.n, r.column)), [(0, 3, 0), (16, 15, 8)]);
         assert_eq!((seen.width(), seen.n_parts(8)), (24, 3));
+        assert_eq!([0, 1, 2].map(|column| seen.panel(column)), [0, 2, 3]);
+        assert_eq!(seen.positions(), [0..3, 16..31]);
         let all = Runs::by(queries.iter().cloned());
         assert_eq!(all.0.map(|r| (r.start, r.n, r.column)), [(0, 3, 0), (0, 31, 8)]);
         for visible in &queries {

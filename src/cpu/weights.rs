@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use memmap2::MmapMut;
+use rayon::prelude::*;
 
 use super::kernels::{Activations, Copies, LANES, LAYOUTS, Panels, Scratch, layout_of, multiply};
 use super::threads::{Columns, Team};
@@ -22,7 +23,7 @@ pub(super) struct Matrix {
     pub(super) n_out: usize,
     /// The copies of activations that it is multiplied with.
     pub(super) copies: Copies,
-    bias: Option<Vec<f32>>,
+    pub(super) bias: Option<Vec<f32>>,
     place: Place,
 }
 
@@ -37,6 +38,7 @@ enum Place {
 pub(super) struct LayerMatrices {
     pub(super) attn_q: Matrix,
     pub(super) attn_k: Matrix,
+    /// Makes values of the layer's input, or of keys where those are what is cached.
     pub(super) attn_v: Matrix,
     pub(super) attn_output: Matrix,
     pub(super) ffn_gate: Option<Matrix>,
@@ -50,9 +52,11 @@ pub(super) struct Matrices {
     pub(super) output: Matrix,
 }
 
-/// The matrices of a layer, in the order in which they are packed.
-fn linears(l: &Layer) -> impl Iterator<Item = &Linear> {
-    let attention = [&l.attn_q, &l.attn_k, &l.attn_v, &l.attn_output].into_iter();
+/// The matrices of a layer, in the order in which they are packed. `map`: what makes values, if they
+/// are not made of the layer's input.
+fn linears<'a>(l: &'a Layer, map: &'a Option<Linear>) -> impl Iterator<Item = &'a Linear> {
+    let v = map.as_ref().unwrap_or(&l.attn_v);
+    let attention = [&l.attn_q, &l.attn_k, v, &l.attn_output].into_iter();
     attention.chain(&l.ffn_gate).chain([&l.ffn_up, &l.ffn_down])
 }
 
@@ -68,7 +72,10 @@ fn packed(w: &Weight, exact: bool) -> Option<(usize, usize)> {
 impl Matrices {
     /// Packs all matrices of a model into one piece of memory.
     pub(super) fn new(model: &Model, team: &Team, exact: bool) -> Result<Matrices> {
-        let weights = model.layers.iter().flat_map(linears).map(|l| &l.weight);
+        let maps = (0..model.layers.len()).into_par_iter().map(|i| model.value_map(i));
+        let maps: Vec<Option<Linear>> = maps.collect::<Result<_>>()?;
+        let layers = || model.layers.iter().zip(&maps);
+        let weights = layers().flat_map(|(l, map)| linears(l, map)).map(|l| &l.weight);
         let weights: Vec<&Weight> = weights.chain([&model.output]).collect();
         let sizes = weights.iter().map(|w| packed(w, exact).map_or(0, |p| p.1));
         let sizes: Vec<usize> = sizes.map(|n| n.next_multiple_of(ALIGNMENT)).collect();
@@ -111,13 +118,11 @@ impl Matrices {
         };
         let mut linear = |l: &Linear| matrix(&l.weight, l.bias.as_ref());
         // In the order of `linears`.
-        let layers = model
-            .layers
-            .iter()
-            .map(|l| LayerMatrices {
+        let layers = layers()
+            .map(|(l, map)| LayerMatrices {
                 attn_q: linear(&l.attn_q),
                 attn_k: linear(&l.attn_k),
-                attn_v: linear(&l.attn_v),
+                attn_v: linear(map.as_ref().unwrap_or(&l.attn_v)),
                 attn_output: linear(&l.attn_output),
                 ffn_gate: l.ffn_gate.as_ref().map(&mut linear),
                 ffn_up: linear(&l.ffn_up),

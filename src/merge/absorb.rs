@@ -27,9 +27,11 @@ impl Form for Absorb {
 
     fn applies(&self, _: &Choice, site: &Site) -> Verdict {
         if site.rotates() {
-            return Err("queries and keys are rotated, so an absorbed query would be another one for \
+            return Err(
+                "queries and keys are rotated, so an absorbed query would be another one for \
                         every cached token; without rotation only"
-                .into());
+                    .into(),
+            );
         }
         not_between(site)
     }

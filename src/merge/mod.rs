@@ -208,8 +208,7 @@ pub struct Grams {
 }
 
 /// Every form.
-pub static FORMS: &[&dyn Form] =
-    &[&split::Split, &lowrank::LowRank, &slim::Slim, &absorb::Absorb];
+pub static FORMS: &[&dyn Form] = &[&split::Split, &lowrank::LowRank, &slim::Slim, &absorb::Absorb];
 
 /// The form of this name.
 pub fn find(name: &str) -> Result<&'static dyn Form> {

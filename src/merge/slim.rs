@@ -79,7 +79,8 @@ impl Form for Slim {
         let rows = 0..map.ncols();
         let bias = w.v.bias.is_some() || w.k.bias.is_some();
         let bias = bias.then(|| {
-            let element = |bias: &Option<Vec<f32>>, i: usize| bias.as_ref().map_or(0.0, |b| b[i].into());
+            let element =
+                |bias: &Option<Vec<f32>>, i: usize| bias.as_ref().map_or(0.0, |b| b[i].into());
             let of_keys =
                 |r: usize| (0..n).map(|i| map[(i, r)] * element(&w.k.bias, i)).sum::<f64>();
             rows.clone().map(|r| (element(&w.v.bias, r) - of_keys(r)) as f32).collect()
@@ -148,7 +149,17 @@ mod tests {
 
     #[test]
     fn a_matrix_that_is_nearly_singular_is_refused() {
-        let sizes = |smallest: f32| dense(8, move |r, i| if r != i { 0.0 } else if r == 5 { smallest } else { 2.0 });
+        let sizes = |smallest: f32| {
+            dense(8, move |r, i| {
+                if r != i {
+                    0.0
+                } else if r == 5 {
+                    smallest
+                } else {
+                    2.0
+                }
+            })
+        };
         let weights = |k: Dense| Weights { q: k.clone(), v: k.clone(), o: k.clone(), k };
         let values = |smallest| Slim.values(&Choice::of(&Slim), &weights(sizes(smallest)));
         assert!(values(0.01).is_ok());

@@ -87,6 +87,28 @@ impl Model {
         Ok(map.zip(quant::format_named(name)).map(|(map, format)| Linear::of(&map, format)))
     }
 
+    /// Whether a plan has other forms than this model's; refuses those that need other matrices.
+    pub fn check_forms(&self, plan: &Plan) -> Result<bool> {
+        let mut changed = false;
+        for (i, (new, old)) in plan.layers.iter().zip(&self.plan.layers).enumerate() {
+            let (new, old, norms) = (&new.form, &old.form, &new.normalizers);
+            if new.text() == old.text() {
+                continue;
+            }
+            changed = true;
+            let reason = match new.form().rewrites() || old.form().rewrites() {
+                true => {
+                    Err("weights have to be rewritten, which is done when a model is opened".into())
+                }
+                false => new.form().applies(new, &self.site(i, norms)),
+            };
+            if let Err(reason) = reason {
+                bad_usage!("form {} in place of {}, layer {i}: {reason}", new.text(), old.text());
+            }
+        }
+        Ok(changed)
+    }
+
     /// Refuses a plan with normalizers that the forms of this model's layers do not go with.
     pub fn check(&self, plan: &Plan) -> Result<()> {
         for (i, layer) in plan.layers.iter().enumerate() {

@@ -61,6 +61,9 @@ pub struct Session {
     /// Prompts that are kept or forgotten as a whole, first to last.
     prompts: Vec<Prompt>,
     logits: Vec<f32>,
+    /// Whether threads are pinned, and activations stay as they are.
+    pin: bool,
+    exact: bool,
     /// Things worth telling that do not prevent use.
     pub warnings: Vec<String>,
 }
@@ -93,7 +96,8 @@ impl Session {
         let cache = KvCache::new(geometry, n_ctx, options.cache)?;
         let engine = Engine::new(&model, options.n_threads, options.pin, options.exact)?;
         let (tokens, prompts, logits) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Session { model, engine, cache, tokens, prompts, logits, warnings })
+        let (pin, exact) = (options.pin, options.exact);
+        Ok(Session { model, engine, cache, tokens, prompts, logits, pin, exact, warnings })
     }
 
     /// The model.
@@ -140,12 +144,28 @@ impl Session {
         self.engine.n_products()
     }
 
-    /// Uses another plan, and forgets all tokens. Refused while others hold the model.
+    /// Uses another plan, and forgets all tokens. Refused while others hold the model, and where a form
+    /// needs other matrices or does not apply.
     pub fn set_plan(&mut self, plan: Plan) -> Result<()> {
         self.rewind(0);
-        match Arc::get_mut(&mut self.model) {
-            Some(model) => model.set_plan(plan),
-            None => bad_usage!("another plan: the model is in use elsewhere"),
+        let Some(model) = Arc::get_mut(&mut self.model) else {
+            bad_usage!("another plan: the model is in use elsewhere");
+        };
+        let changed = model.check_forms(&plan)?;
+        let old = model.plan.clone();
+        model.set_plan(plan);
+        if !changed {
+            return Ok(());
+        }
+        let geometry = model.attention.iter().map(|a| a.geometry.clone());
+        let cache = KvCache::new(geometry, self.cache.n_ctx(), self.cache.types());
+        let engine = self.engine.again(model, self.pin, self.exact);
+        match cache.and_then(|cache| Ok((cache, engine?))) {
+            Ok((cache, engine)) => (self.cache, self.engine) = (cache, engine),
+            Err(e) => {
+                model.set_plan(old);
+                return Err(e);
+            }
         }
         Ok(())
     }

@@ -119,6 +119,13 @@ per_level! {
 }
 
 per_level! {
+    /// `x += shift`.
+    pub fn shift(x: &mut [f32], shift: f32) {
+        x.iter_mut().for_each(|x| *x += shift);
+    }
+}
+
+per_level! {
     /// `a += b`.
     pub fn add(a: &mut [f32], b: &[f32]) {
         a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
@@ -167,17 +174,34 @@ per_level! {
     }
 }
 
+/// A finite half-precision number as a float.
+#[inline(always)]
+fn half1(bytes: [u8; 2]) -> f32 {
+    // Moved to where a float has its exponent, and freed of the difference of the biases.
+    const BIASES: f32 = f32::from_bits((127 + 127 - 15) << 23);
+    let bits = u32::from(u16::from_le_bytes(bytes));
+    let size = f32::from_bits((bits & 0x7FFF) << 13) * BIASES;
+    f32::from_bits(size.to_bits() | (bits & 0x8000) << 16)
+}
+
+/// As many finite half-precision numbers as floats, inlined.
+#[inline(always)]
+pub fn halves(out: &mut [f32], bytes: &[u8]) {
+    out.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(out, b)| *out = half1(*b));
+}
+
+per_level! {
+    /// Finite half-precision numbers, as bytes, as floats.
+    pub fn widen_halves(out: &mut [f32], bytes: &[u8]) {
+        halves(out, bytes);
+    }
+}
+
 per_level! {
     /// `out = a * b`, where `b` are finite half-precision numbers as bytes.
     pub fn multiply_halves(out: &mut [f32], a: &[f32], b: &[u8]) {
-        // Moved to where a float has its exponent, and freed of the difference of the biases.
-        const BIASES: f32 = f32::from_bits((127 + 127 - 15) << 23);
         let b = b.as_chunks::<2>().0;
-        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-            let bits = u32::from(u16::from_le_bytes(*b));
-            let size = f32::from_bits((bits & 0x7FFF) << 13) * BIASES;
-            *out = a * f32::from_bits(size.to_bits() | (bits & 0x8000) << 16);
-        }
+        out.iter_mut().zip(a).zip(b).for_each(|((out, a), b)| *out = a * half1(*b));
     }
 }
 

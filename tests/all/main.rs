@@ -13,6 +13,7 @@ mod circuits;
 mod cli;
 mod compare;
 mod export;
+mod forms;
 mod golden;
 mod layers;
 mod lowrank;
