@@ -226,14 +226,12 @@ impl Buffers {
                 return self.attend_latent(pass, layer, cache, position);
             }
             let visible = |t: usize| attention.visible(position + t, pass.prompt);
-            match observer {
+            let positions = match observer {
                 // It sees the values of all.
-                Some(_) => self.rebuild(pass, layer, cache, &[0..position + n]),
-                None => {
-                    let runs = Runs::by((0..n).map(visible)).positions();
-                    self.rebuild(pass, layer, cache, &runs);
-                }
-            }
+                Some(_) => [0..0, 0..position + n],
+                None => Runs::by((0..n).map(visible)).positions(),
+            };
+            self.rebuild(pass, layer, cache, &positions);
         }
         let cache = &*cache;
         let at = cache.rebuilt(layer).unwrap_or((cache, layer));

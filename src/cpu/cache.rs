@@ -169,7 +169,7 @@ impl KvCache {
                 Some(starts)
             })
         };
-        let (layers, shapes, n_planes) = shapes(layers);
+        let shapes = Shapes::of(layers);
         let layer = |(geometry, rebuilt): (Geometry, Option<usize>)| {
             let key_starts = starts(&geometry, &|head| key_bytes(head.score_dim));
             let value_starts = starts(&geometry, &|head| value_bytes(head.value_dim));
@@ -183,16 +183,19 @@ impl KvCache {
                 rebuilt,
             })
         };
-        let rebuilt = match shapes.is_empty() {
+        let rebuilt = match shapes.rebuilt.is_empty() {
             true => None,
-            false => Some(Box::new(KvCache::new(shapes.into_iter(), n_ctx, rebuilt_types(keys))?)),
+            false => {
+                let layers = shapes.rebuilt.into_iter();
+                Some(Box::new(KvCache::new(layers, n_ctx, rebuilt_types(keys))?))
+            }
         };
-        let n_angles = places.and_then(|n| (n / LANES * 2).checked_mul(n_planes));
+        let n_angles = places.and_then(|n| (n / LANES * 2).checked_mul(shapes.n_planes));
         let n_bytes = n_angles.and_then(|n| n.checked_mul(size_of::<Lanes>()));
         // As memory, so that too much of it is an error.
         memory(n_bytes)?;
         let angles = vec![[0.0; LANES]; n_angles.unwrap_or(0)];
-        let layers = layers.into_iter().map(layer).collect::<Result<_>>()?;
+        let layers = shapes.stored.into_iter().map(layer).collect::<Result<_>>()?;
         Ok(KvCache { n_ctx, keys, values, layers, rebuilt, angles })
     }
 
@@ -408,28 +411,35 @@ fn rebuilt_types(cached: CacheType) -> (CacheType, CacheType) {
     }
 }
 
-/// What layers of these shapes store, and which of the shapes that are made again each has; those; most
-/// planes that are rotated when they are read.
-fn shapes(
-    layers: impl Iterator<Item = Geometry>,
-) -> (Vec<(Geometry, Option<usize>)>, Vec<Geometry>, usize) {
-    let mut shapes: Vec<Geometry> = Vec::new();
-    let mut most = 0;
-    let mut stored = |geometry: Geometry| {
-        if let Kept::Keys { n_planes } = geometry.kept {
-            most = most.max(n_planes);
+/// What a cache for some layers has to hold.
+struct Shapes {
+    /// What each layer stores, and which of the shapes that are made again it has.
+    stored: Vec<(Geometry, Option<usize>)>,
+    /// Shapes of keys and values that are made again.
+    rebuilt: Vec<Geometry>,
+    /// Most planes that are rotated when they are read.
+    n_planes: usize,
+}
+
+impl Shapes {
+    fn of(layers: impl Iterator<Item = Geometry>) -> Shapes {
+        let mut shapes = Shapes { stored: Vec::new(), rebuilt: Vec::new(), n_planes: 0 };
+        for geometry in layers {
+            if let Kept::Keys { n_planes } = geometry.kept {
+                shapes.n_planes = shapes.n_planes.max(n_planes);
+            }
+            let shape = Geometry::new(geometry.n_head, geometry.kv.clone());
+            let all = &mut shapes.rebuilt;
+            let rebuilt = (geometry.kept != Kept::KeysAndValues).then(|| {
+                all.iter().position(|s| *s == shape).unwrap_or_else(|| {
+                    all.push(shape);
+                    all.len() - 1
+                })
+            });
+            shapes.stored.push((Geometry { kv: geometry.stored(), ..geometry }, rebuilt));
         }
-        let shape = Geometry::new(geometry.n_head, geometry.kv.clone());
-        let rebuilt = (geometry.kept != Kept::KeysAndValues).then(|| {
-            shapes.iter().position(|s| *s == shape).unwrap_or_else(|| {
-                shapes.push(shape);
-                shapes.len() - 1
-            })
-        });
-        (Geometry { kv: geometry.stored(), ..geometry }, rebuilt)
-    };
-    let layers = layers.map(&mut stored).collect();
-    (layers, shapes, most)
+        shapes
+    }
 }
 
 /// Makes rows of one width rows of whole blocks.

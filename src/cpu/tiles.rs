@@ -180,10 +180,68 @@ pub(super) fn panels(tile: &[Lanes], n_in: usize, n_rows: usize) -> Panels<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::KvCache;
+    use super::super::threads::Team;
     use super::*;
+    use crate::merge::{Geometry, KvHead};
 
     fn numbers(n: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 % 2003) as f32 - 1000.0) / 1000.0).collect()
+    }
+
+    #[test]
+    fn what_is_unpacked_is_what_was_stored() {
+        let (dim, n) = (70, 19);
+        let head = KvHead { score_dim: dim, value_dim: 0, planes: None };
+        let geometry = Geometry::new(1, vec![head]);
+        let rows = numbers(n * dim);
+        for ty in CacheType::ALL {
+            let layers = std::iter::once(geometry.clone());
+            let mut cache = KvCache::new(layers, 32, (ty, ty)).unwrap();
+            let team = Team::new(1, false).unwrap();
+            team.enter(1, |crew| cache.store(crew, 0, 0, &rows, &[]));
+            let whole = ty.whole(dim);
+            for (position, row) in rows.chunks(dim).enumerate() {
+                // The second part begins with a whole block.
+                for elements in [0..dim.min(64), 64..dim] {
+                    let mut tile =
+                        vec![[0.0; LANES]; (elements.start + 64).min(whole) - elements.start];
+                    let panel = cache.keys(0, 0, position / LANES * LANES, LANES);
+                    unpack(ty, panel.bytes, elements.start, &mut tile);
+                    for (x, got) in row[elements].iter().zip(&tile) {
+                        let step = match ty {
+                            CacheType::F32 => 0.0,
+                            CacheType::F16 => 1.0 / 4096.0,
+                            CacheType::Q8_0 => 0.51 / 127.0,
+                            // The largest number has no opposite.
+                            CacheType::Q4_0 => 1.01 / 8.0,
+                        };
+                        let got = got[position % LANES];
+                        assert!((x - got).abs() <= step, "{} {position}: {x} {got}", ty.name());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn panels_turn_as_heads_do() {
+        for pairing in [Pairing::Adjacent, Pairing::Half] {
+            let (rows, angles) = (numbers(10 * LANES), numbers(8 * LANES));
+            let mut panel = rows.as_chunks::<LANES>().0.to_vec();
+            let angles = angles.as_chunks::<LANES>().0;
+            rotate(&mut panel, angles, pairing);
+            for r in 0..LANES {
+                for plane in 0..4 {
+                    let [cos, sin] = [angles[2 * plane][r], angles[2 * plane + 1][r]];
+                    let [a, b] = pairing.pair(plane, 4);
+                    let (x, y) = (rows[a * LANES + r], rows[b * LANES + r]);
+                    assert_eq!([panel[a][r], panel[b][r]], [x * cos - y * sin, x * sin + y * cos]);
+                }
+                // Past the planes.
+                assert_eq!(panel[9][r], rows[9 * LANES + r]);
+            }
+        }
     }
 
     #[test]

@@ -31,12 +31,27 @@ pub struct Shape {
     pub tied: bool,
     /// Whether queries, keys and values have biases.
     pub qkv_bias: bool,
-    /// Base of the rotation's frequencies.
-    pub rope_base: f32,
+    /// Base of the rotation's frequencies; without one, positions are learned, as are biases of all
+    /// norms and matrices.
+    pub rope_base: Option<f32>,
 }
 
 /// Shapes of published models, from their configurations.
 pub static SHAPES: &[Shape] = &[
+    Shape {
+        name: "gpt2",
+        arch: "gpt2",
+        n_embd: 768,
+        n_layer: 12,
+        n_head: 12,
+        n_head_kv: 12,
+        head_dim: 64,
+        n_ff: 3072,
+        n_vocab: 50_257,
+        tied: true,
+        qkv_bias: true,
+        rope_base: None,
+    },
     Shape {
         name: "smollm2-135m",
         arch: "llama",
@@ -49,7 +64,7 @@ pub static SHAPES: &[Shape] = &[
         n_vocab: 49_152,
         tied: true,
         qkv_bias: false,
-        rope_base: 1e5,
+        rope_base: Some(1e5),
     },
     Shape {
         name: "qwen2.5-0.5b",
@@ -63,7 +78,7 @@ pub static SHAPES: &[Shape] = &[
         n_vocab: 151_936,
         tied: true,
         qkv_bias: true,
-        rope_base: 1e6,
+        rope_base: Some(1e6),
     },
     Shape {
         name: "llama-3.2-1b",
@@ -77,7 +92,7 @@ pub static SHAPES: &[Shape] = &[
         n_vocab: 128_256,
         tied: true,
         qkv_bias: false,
-        rope_base: 5e5,
+        rope_base: Some(5e5),
     },
     Shape {
         name: "llama-3.1-8b",
@@ -91,7 +106,7 @@ pub static SHAPES: &[Shape] = &[
         n_vocab: 128_256,
         tied: false,
         qkv_bias: false,
-        rope_base: 5e5,
+        rope_base: Some(5e5),
     },
 ];
 
@@ -185,8 +200,18 @@ pub fn file(shape: &Shape, mixture: &str) -> Result<Writer<'static>> {
     let (e, q, kv) =
         (shape.n_embd, shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim);
     let embd = if shape.tied { mixture.output } else { mixture.most };
+    let norm = |w: &mut Writer, name: &str| {
+        vector(w, &format!("{name}.weight"), e, 1.0)?;
+        match shape.rope_base {
+            Some(_) => Ok(()),
+            None => vector(w, &format!("{name}.bias"), e, 0.01),
+        }
+    };
     matrix(w, "token_embd.weight", embd, e, shape.n_vocab)?;
-    vector(w, "output_norm.weight", e, 1.0)?;
+    norm(w, "output_norm")?;
+    if shape.rope_base.is_none() {
+        matrix(w, "position_embd.weight", mixture.most, e, n_ctx(shape).into())?;
+    }
     if !shape.tied {
         matrix(w, "output.weight", mixture.output, e, shape.n_vocab)?;
     }
@@ -196,26 +221,40 @@ pub fn file(shape: &Shape, mixture: &str) -> Result<Writer<'static>> {
         let more = i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
         let more = if more { mixture.more } else { mixture.most };
         let at = |name: &str| format!("blk.{i}.{name}");
-        vector(w, &at("attn_norm.weight"), e, 1.0)?;
-        vector(w, &at("ffn_norm.weight"), e, 1.0)?;
-        for (name, format, n_in, n_out) in [
-            ("attn_q", mixture.most, e, q),
-            ("attn_k", mixture.most, e, kv),
-            ("attn_v", more, e, kv),
-            ("attn_output", mixture.most, q, e),
-            ("ffn_gate", mixture.most, e, shape.n_ff),
-            ("ffn_up", mixture.most, e, shape.n_ff),
-            ("ffn_down", more, shape.n_ff, e),
-        ] {
-            matrix(w, &at(&format!("{name}.weight")), format, n_in, n_out)?;
-        }
-        if shape.qkv_bias {
-            for (name, n) in [("attn_q", q), ("attn_k", kv), ("attn_v", kv)] {
-                vector(w, &at(&format!("{name}.bias")), n, 0.01)?;
+        let matrices: &[_] = match shape.rope_base {
+            Some(_) => &[
+                ("attn_q", mixture.most, e, q),
+                ("attn_k", mixture.most, e, kv),
+                ("attn_v", more, e, kv),
+                ("attn_output", mixture.most, q, e),
+                ("ffn_gate", mixture.most, e, shape.n_ff),
+                ("ffn_up", mixture.most, e, shape.n_ff),
+                ("ffn_down", more, shape.n_ff, e),
+            ],
+            None => &[
+                ("attn_qkv", mixture.most, e, q + 2 * kv),
+                ("attn_output", mixture.most, q, e),
+                ("ffn_up", mixture.most, e, shape.n_ff),
+                ("ffn_down", more, shape.n_ff, e),
+            ],
+        };
+        for (name, format, n_in, n_out) in matrices {
+            matrix(w, &at(&format!("{name}.weight")), format, *n_in, *n_out)?;
+            let is_qkv = ["attn_q", "attn_k", "attn_v"].contains(name);
+            if shape.rope_base.is_none() || is_qkv && shape.qkv_bias {
+                vector(w, &at(&format!("{name}.bias")), *n_out, 0.01)?;
             }
+        }
+        for name in ["attn_norm", "ffn_norm"] {
+            norm(w, &at(name))?;
         }
     }
     Ok(writer)
+}
+
+/// Context in tokens: long enough to time any depth, but not longer than a table of positions may be.
+fn n_ctx(shape: &Shape) -> u32 {
+    if shape.rope_base.is_some() { 32_768 } else { 4096 }
 }
 
 fn metadata(shape: &Shape, w: &mut Writer) -> Result<()> {
@@ -223,7 +262,7 @@ fn metadata(shape: &Shape, w: &mut Writer) -> Result<()> {
     w.set("general.architecture", Value::String(arch.as_bytes()))?;
     w.set("general.name", Value::String(shape.name.as_bytes()))?;
     for (key, n) in [
-        ("context_length", 32_768),
+        ("context_length", n_ctx(shape)),
         ("embedding_length", shape.n_embd as u32),
         ("block_count", shape.n_layer),
         ("feed_forward_length", shape.n_ff as u32),
@@ -233,10 +272,18 @@ fn metadata(shape: &Shape, w: &mut Writer) -> Result<()> {
         ("attention.value_length", shape.head_dim as u32),
         ("rope.dimension_count", shape.head_dim as u32),
     ] {
-        w.set(&format!("{arch}.{key}"), Value::U32(n))?;
+        if shape.rope_base.is_some() || !key.starts_with("rope.") {
+            w.set(&format!("{arch}.{key}"), Value::U32(n))?;
+        }
     }
-    w.set(&format!("{arch}.rope.freq_base"), Value::F32(shape.rope_base))?;
-    w.set(&format!("{arch}.attention.layer_norm_rms_epsilon"), Value::F32(1e-5))?;
+    let epsilon = match shape.rope_base {
+        Some(base) => {
+            w.set(&format!("{arch}.rope.freq_base"), Value::F32(base))?;
+            "layer_norm_rms_epsilon"
+        }
+        None => "layer_norm_epsilon",
+    };
+    w.set(&format!("{arch}.attention.{epsilon}"), Value::F32(1e-5))?;
     // A vocabulary of the right size that stands for nothing.
     w.set("tokenizer.ggml.model", Value::String(b"gpt2"))?;
     w.set("tokenizer.ggml.pre", Value::String(b"gpt-2"))?;

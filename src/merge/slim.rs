@@ -68,8 +68,7 @@ impl Form for Slim {
         let keys = transposed(&w.k);
         let lu = keys.partial_piv_lu();
         let (cond, limit) = (condition(&keys, &lu), choice.value("cond").unwrap_or(0.0));
-        // Also refuses what is not a number.
-        if !(cond <= f64::from(limit)) {
+        if cond.is_nan() || cond > f64::from(limit) {
             return Err(format!(
                 "W_K has the condition number {cond:.3e}, by which errors of keys can grow in values; \
                  at most {limit} (cond)"

@@ -63,7 +63,6 @@ fn cases() -> Vec<(&'static str, String)> {
     let keeps_rows = |m: &Model| m.attention[0].geometry.kept != Kept::KeysAndValues;
     let cases: Vec<_> =
         pairs.filter(|(m, f)| formed(m, f).as_ref().is_some_and(keeps_rows)).collect();
-    println!("{cases:?}");
     assert!(cases.contains(&("gpt2", "absorb".into())));
     for model in ["gpt2", "square"] {
         assert!(cases.contains(&(model, "slim:cond=1e6".into())), "{model}");
