@@ -72,7 +72,7 @@ fn packed(w: &Weight, exact: bool) -> Option<(usize, usize)> {
 impl Matrices {
     /// Packs all matrices of a model into one piece of memory.
     pub(super) fn new(model: &Model, team: &Team, exact: bool) -> Result<Matrices> {
-        let maps = (0..model.layers.len()).into_par_iter().map(|i| model.value_map(i));
+        let maps = (0..model.layers.len()).into_par_iter().map(|i| model.value_map(i, exact));
         let maps: Vec<Option<Linear>> = maps.collect::<Result<_>>()?;
         let layers = || model.layers.iter().zip(&maps);
         let weights = layers().flat_map(|(l, map)| linears(l, map)).map(|l| &l.weight);

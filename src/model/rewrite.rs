@@ -69,8 +69,8 @@ impl Model {
         }
     }
 
-    /// What makes values of what is cached in a layer where that are keys alone.
-    pub fn value_map(&self, layer: usize) -> Result<Option<Linear>> {
+    /// What makes values of what is cached in a layer where that are keys alone. `exact`: not rounded.
+    pub fn value_map(&self, layer: usize, exact: bool) -> Result<Option<Linear>> {
         let Kept::Keys { .. } = self.attention[layer].geometry.kept else { return Ok(None) };
         let choice = &self.plan.layers[layer].form;
         let map = match choice.form().values(choice, &self.weights(layer)) {
@@ -79,6 +79,7 @@ impl Model {
         };
         // What is rounded in it is rounded in every value, so 8 bits at least.
         let name = match self.layers[layer].attn_v.weight.format.ty.name {
+            _ if exact => "F32",
             "F32" => "F32",
             "F16" | "BF16" => "F16",
             _ if self.hparams.n_embd.is_multiple_of(BLOCK) => "Q8_0",
