@@ -1,8 +1,10 @@
 //! `qkov inspect --heads`: what is inside the heads.
 
+use std::sync::Mutex;
+
 use serde_json::{Value, json};
 
-use crate::cpu::{Observer, SeenHead};
+use crate::cpu::{Observer, SeenHead, SeenRows};
 use crate::error::{Result, escaped};
 use crate::measure::circuits::{Circuit, Match, Product, Side, circuits, matches};
 use crate::model::Model;
@@ -173,10 +175,18 @@ pub(super) fn as_json(model: &Model, shown: &[Shown]) -> Vec<Value> {
         .collect()
 }
 
-/// What a head makes of every token of a text, in the space of the residual stream.
+/// Queries and values of a text at one head.
+struct Read {
+    layer: usize,
+    head: usize,
+    queries: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+}
+
+/// Keeps them of the selected heads.
 struct Reader<'a> {
     selection: &'a Selection,
-    seen: std::sync::Mutex<Vec<(usize, usize, Vec<Vec<f32>>, Vec<Vec<f32>>)>>,
+    seen: Mutex<Vec<Read>>,
 }
 
 impl Observer for Reader<'_> {
@@ -192,8 +202,9 @@ impl Observer for Reader<'_> {
         if self.selection.heads.contains(&seen.head)
             && let Ok(mut all) = self.seen.lock()
         {
-            let rows = |rows: crate::cpu::SeenRows| rows.iter().map(<[f32]>::to_vec).collect();
-            all.push((seen.layer, seen.head, rows(seen.queries), rows(seen.values)));
+            let rows = |rows: SeenRows| rows.iter().map(<[f32]>::to_vec).collect();
+            let (queries, values) = (rows(seen.queries), rows(seen.values));
+            all.push(Read { layer: seen.layer, head: seen.head, queries, values });
         }
     }
 }
@@ -206,13 +217,13 @@ pub(super) fn patterns_and_messages(
     selection: &Selection,
     tokens: &[u32],
 ) -> Result<String> {
-    let reader = Reader { selection, seen: std::sync::Mutex::default() };
+    let reader = Reader { selection, seen: Mutex::default() };
     session.feed_observed(tokens, 0..0, &reader)?;
     let model = session.model().clone();
     let mut seen = reader.seen.into_inner().unwrap_or_default();
-    seen.sort_by_key(|(layer, head, ..)| (*layer, *head));
+    seen.sort_by_key(|read| (read.layer, read.head));
     let mut text = String::new();
-    for (layer, head, queries, values) in seen {
+    for Read { layer, head, queries, values } in seen {
         let g = &model.attention[layer].geometry;
         let w = model.weights(layer);
         let gain = &model.layers[layer].attn_norm.weight;

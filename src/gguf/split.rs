@@ -14,7 +14,7 @@ pub(super) enum Part {
     /// The part that was opened.
     This,
     /// A sibling.
-    Other(Gguf),
+    Other(Box<Gguf>),
 }
 
 /// All parts, in order.
@@ -62,7 +62,7 @@ pub(super) fn other_parts(this: &Gguf, path: &Path) -> Result<Option<Parts>> {
         };
         let gguf = read().map_err(|e| e.at(&sibling))?;
         n_tensors += gguf.tensors().len();
-        parts.push(Part::Other(gguf));
+        parts.push(Part::Other(Box::new(gguf)));
     }
     let first = match parts.first() {
         Some(Part::Other(gguf)) => gguf,

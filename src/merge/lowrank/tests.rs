@@ -180,7 +180,7 @@ impl Layer {
     fn geometry(&self) -> Geometry {
         let Case { key_dim, value_dim, n_head, n_head_kv, .. } = self.case;
         let head = KvHead { score_dim: key_dim, value_dim, planes: None };
-        Geometry { n_head, kv: vec![head; n_head_kv] }
+        Geometry::new(n_head, vec![head; n_head_kv])
     }
 
     fn rows(&self, w: &Dense, at: Range<usize>) -> Vec<Vec<f64>> {
