@@ -94,6 +94,7 @@ fn heads_of_any_size_fit_every_type() {
     for cache in types() {
         let rounded = logits(&model, (cache, true), 1);
         let error = full.iter().zip(&rounded).fold(0.0f32, |a, (x, y)| a.max((x - y).abs()));
-        assert!(error < 0.2 * size, "{cache:?}: {error} of {size}");
+        let most = if [cache.0, cache.1].contains(&CacheType::Q4_0) { 0.5 } else { 0.05 };
+        assert!(error < most * size, "{cache:?}: {error} of {size}");
     }
 }

@@ -239,7 +239,7 @@ fn bad_input_is_one_line() {
         (
             &["--norm", "relu", "--calibrate", "--windows", "4"],
             2,
-            "--calibrate: after what is scored, the text has",
+            "after what is scored, the text has",
         ),
     ] {
         let line = place.error(args, code);

@@ -127,7 +127,7 @@ fn what_carries_nothing_can_go() {
         // Keys of rank 3 with their biases, which are mixed alike.
         let qk = if fused { 4 } else { dim - 2 };
         for form in [
-            format!("lowrank:ov=4"),
+            "lowrank:ov=4".into(),
             format!("lowrank:qk={qk}"),
             format!("lowrank:qk={qk},ov=4"),
             format!("1=lowrank:qk={qk},ov=4,data=no"),

@@ -149,7 +149,7 @@ fn rounding_loses_what_the_bits_allow() {
     };
     let x: Vec<f32> =
         (0..64 * 256).map(|_| (0..8).map(|_| uniform()).sum::<f32>() * 0.02).collect();
-    for format in FORMATS.iter().filter(|f| f.can_quantize()) {
+    for format in FORMATS.iter().filter(|f| f.can_quantize() && f.ty.block_len > 1) {
         // Of a bell curve that many levels lose about `c 4^-bits`; scales take some of the bits.
         let bits = 8.0 * format.ty.block_bytes as f64 / format.ty.block_len as f64;
         let lost = loss(format, &x) * 4f64.powf(bits);
