@@ -287,7 +287,7 @@ impl Model {
 /// Rows of rewritten `attn_output` are whole blocks of this many elements.
 const BLOCK: usize = 32;
 /// Normalizers that a model was trained with, as [`Plan::set_normalizers`] reads them.
-const NORMALIZER_KEY: &str = "qkov.attention.normalizer";
+pub const NORMALIZER_KEY: &str = "qkov.attention.normalizer";
 
 /// Finds tensors by name, checks their shapes, and remembers which were asked for.
 struct Binder<'a> {

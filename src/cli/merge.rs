@@ -10,9 +10,10 @@ use super::options::RunArgs;
 use super::terminal::{note, print, print_json, progress};
 use crate::bad_usage;
 use crate::error::Result;
-use crate::gguf::{Gguf, Writer};
+use crate::gguf::{self, Gguf, Writer};
 use crate::measure::sweep::{Point, Sweep};
-use crate::model::{Model, NewLayer};
+use crate::model::{Model, NORMALIZER_KEY, NewLayer};
+use crate::plan::PlanFile;
 use crate::quant::{self, FORMATS, Format};
 
 #[derive(Args)]
@@ -57,7 +58,11 @@ impl Run for Merge {
         let round = self.ty.as_deref().map(format_of).transpose()?;
         let model = Model::from_gguf(self.run.model.gguf()?).map_err(|e| self.run.model.at(e))?;
         model.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
+        if !self.run.mask.is_empty() {
+            bad_usage!("--mask: a file does not say how prompts are read");
+        }
         let plan = self.run.form_plan(&model)?;
+        let norms = PlanFile::of(&plan, &model.trained, "").norm.join(";");
         if plan.names()[1] == model.trained.names()[1] {
             bad_usage!("nothing to rewrite: --form says what the file has already");
         }
@@ -69,6 +74,13 @@ impl Run for Merge {
         };
         let mut writer = Writer::new();
         writer.copy_metadata(&gguf)?;
+        if !norms.is_empty() && self.stock {
+            bad_usage!("--norm: a plain file has the normalizer that it was trained with");
+        }
+        if !norms.is_empty() {
+            writer.remove(NORMALIZER_KEY);
+            writer.set(NORMALIZER_KEY, gguf::Value::String(norms.as_bytes()))?;
+        }
         gguf.tensors().iter().try_for_each(|tensor| writer.copy_tensor(&gguf, tensor))?;
         writer.write(out)?;
         print(table.as_bytes())?;

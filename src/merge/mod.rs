@@ -86,8 +86,6 @@ pub struct Site<'a> {
     pub unit_sum: bool,
     /// Radians per position of every plane of the rotation; empty without one.
     pub frequencies: Vec<f64>,
-    /// Whether queries, keys and values have biases.
-    pub has_bias: [bool; 3],
 }
 
 impl Site<'_> {

@@ -47,8 +47,6 @@ impl Model {
 
     /// What a form needs to know of a layer with these normalizers.
     pub fn site(&self, layer: usize, normalizers: &[normalizer::Choice]) -> Site<'_> {
-        let l = &self.layers[layer];
-        let has_bias = [&l.attn_q, &l.attn_k, &l.attn_v].map(|l| l.bias.is_some());
         // A cap on scores sees constants that are added to them.
         let is_capped = self.hparams.attn_softcap.is_some();
         Site {
@@ -56,7 +54,6 @@ impl Model {
             layer,
             shift_invariant: !is_capped && normalizers.iter().all(|n| n.is_shift_invariant()),
             unit_sum: normalizers.iter().all(|n| n.sums_to_one()),
-            has_bias,
             frequencies: match self
                 .hparams
                 .rope

@@ -192,6 +192,11 @@ fn files_are_what_is_made_in_memory() {
     assert_eq!(ppl(&["-m", &file]), ppl(&["--form", form]));
     let (code, out) = qkov(&["merge", "-o", &file, "--form", form]);
     assert!(code == 2 && out.contains("--force"), "{out}");
+    let swapped = at("swapped.gguf");
+    let args = ["--form", form, "--norm", "0-1=softmax1"];
+    let (code, out) = qkov(&[&["merge", "-o", &swapped], &args[..]].concat());
+    assert_eq!(code, 0, "{out}");
+    assert_eq!(ppl(&["-m", &swapped]), ppl(&args));
     let (code, out) = qkov(&["merge", "-m", &file, "-o", &plain, "--form", "lowrank:ratio=0.5"]);
     assert!(code == 2 && out.contains("rewritten already"), "{out}");
     let form = "lowrank:qk=48,ov=48,shared=yes";
@@ -252,6 +257,10 @@ fn what_cannot_be_is_refused() {
                 "300",
             ],
             "--stock: a plain file of the architecture gpt2",
+        ),
+        (
+            &["merge", "-o", out, "--form", "lowrank:ratio=0.5", "--mask", "prefix"],
+            "--mask: a file does not say",
         ),
         (&["merge", "--sweep", "--form", "split"], "the form split has no ranks"),
     ];

@@ -228,7 +228,6 @@ impl Layer {
             shift_invariant: true,
             unit_sum: true,
             frequencies: self.frequencies.clone(),
-            has_bias: [true; 3],
         }
     }
 
