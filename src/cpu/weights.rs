@@ -73,7 +73,9 @@ impl Matrices {
     /// Packs all matrices of a model into one piece of memory.
     pub(super) fn new(model: &Model, team: &Team, exact: bool) -> Result<Matrices> {
         let maps = (0..model.layers.len()).into_par_iter().map(|i| model.value_map(i, exact));
-        let maps: Vec<Option<Linear>> = maps.collect::<Result<_>>()?;
+        // All, so that it is the first layer's error that is told.
+        let maps: Vec<Result<Option<Linear>>> = maps.collect();
+        let maps: Vec<Option<Linear>> = maps.into_iter().collect::<Result<_>>()?;
         let layers = || model.layers.iter().zip(&maps);
         let weights = layers().flat_map(|(l, map)| linears(l, map)).map(|l| &l.weight);
         let weights: Vec<&Weight> = weights.chain([&model.output]).collect();

@@ -122,7 +122,9 @@ impl Form for LowRank {
 
     fn rewrite(&self, choice: &Choice, layers: &[Trained]) -> Result<Vec<Option<Rewritten>>> {
         let solved = layers.par_iter().map(|layer| Solved::of(choice, layer));
-        let solved = solved.collect::<Result<Vec<_>>>()?;
+        // All, so that it is the first layer's error that is told.
+        let solved: Vec<Result<Solved>> = solved.collect();
+        let solved = solved.into_iter().collect::<Result<Vec<_>>>()?;
         let heads = |parts: fn(&SolvedHead) -> &Vec<Part>| -> Vec<Parts> {
             let heads = solved.iter().flat_map(|l| l.heads.iter().map(move |h| (l.layer, h)));
             heads.map(|(layer, h)| Parts { layer, parts: parts(h).clone() }).collect()
