@@ -97,7 +97,7 @@ pub(super) fn read(gguf: &Gguf, hparams: &mut Hparams) -> Result<()> {
     Ok(())
 }
 
-/// Writes what [`read`] reads: the kv heads of every layer.
+/// Writes what is read back: the kv heads of every layer.
 pub fn write(writer: &mut Writer, hparams: &Hparams, layers: &[Vec<KvHead>]) -> Result<()> {
     let all_planes: Vec<usize> = (0..hparams.rope.as_ref().map_or(0, |r| r.dim / 2)).collect();
     let heads = || layers.iter().flatten();
