@@ -17,7 +17,7 @@ use crate::attention::Attention;
 use crate::bad_file;
 use crate::error::{Result, excerpt};
 use crate::gguf::{Bytes, Gguf};
-use crate::merge::Geometry;
+use crate::merge::{BLOCK, Geometry};
 use crate::plan::{Plan, PlanFile};
 use crate::quant::{self, Format};
 use crate::token::Tokenizer;
@@ -284,8 +284,6 @@ impl Model {
     }
 }
 
-/// Rows of rewritten `attn_output` are whole blocks of this many elements.
-const BLOCK: usize = 32;
 /// Normalizers that a model was trained with, as [`Plan::set_normalizers`] reads them.
 pub const NORMALIZER_KEY: &str = "qkov.attention.normalizer";
 

@@ -80,6 +80,12 @@ impl Plan {
         Ok(())
     }
 
+    /// Layers that have another form in `other`, a plan for the same model.
+    pub fn other_forms(&self, other: &Plan) -> Vec<usize> {
+        let pairs = self.layers.iter().zip(&other.layers).enumerate();
+        pairs.filter(|(_, (a, b))| a.form.text() != b.form.text()).map(|(i, _)| i).collect()
+    }
+
     /// Chooses masks, as [`Plan::set_normalizers`] does normalizers, but only by layers. A mask that
     /// reads a prompt more than once is for all of them.
     pub fn set_masks(&mut self, text: &str) -> Result<()> {

@@ -9,13 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use super::Run;
 use super::options::RunArgs;
-use super::terminal::{note, print, progress, read_text};
+use super::terminal::{note, print, progress, text_or_sample};
 use crate::bad_usage;
 use crate::error::{Error, Result};
 use crate::gguf::replace_file;
-use crate::measure::SAMPLE;
 use crate::measure::calibrate::{Fitted, Settings, apply, calibrate};
-use crate::measure::quality::{Base, Quality, Windows, evaluate};
+use crate::measure::quality::{Base, MAX_BASE_BYTES, Quality, Windows, evaluate};
 use crate::measure::search::{Frontier, Unit, n_steps, search};
 use crate::plan::{Plan, PlanFile};
 use crate::session::Session;
@@ -67,8 +66,6 @@ impl ValueEnum for Unit {
 
 /// Longest sequence that heads are fitted to, unless --ctx says otherwise.
 const DEFAULT_WINDOW: usize = 512;
-/// Most memory for what the model as trained predicts.
-const MAX_BASE_BYTES: usize = 2 << 30;
 
 /// What an interrupted run leaves.
 #[derive(Serialize, Deserialize)]
@@ -135,10 +132,7 @@ impl Run for Calibrate {
 
 impl Calibrate {
     fn texts(&self, tokenizer: &crate::token::Tokenizer, n_ctx: usize) -> Result<Texts> {
-        let text = match &self.file {
-            Some(path) => read_text(Some(path))?,
-            None => SAMPLE.to_string(),
-        };
+        let text = text_or_sample(self.file.as_deref())?;
         let mut tokens = tokenizer.encode(&text, true, false)?;
         let n_fit = self.tokens.min(tokens.len() * 2 / 3);
         let rest = tokens.split_off(n_fit);

@@ -6,10 +6,9 @@ use clap::Args;
 
 use super::Run;
 use super::options::RunArgs;
-use super::terminal::{note, print, print_json, progress, read_text};
+use super::terminal::{note, print, print_json, progress, text_or_sample};
 use crate::bad_usage;
 use crate::error::Result;
-use crate::measure::SAMPLE;
 use crate::measure::compare::{
     Comparison, Job, Role, Settings, Variant, plan_named, plans, shard, text_hash,
 };
@@ -126,14 +125,11 @@ impl Run for Compare {
 
 impl Compare {
     fn model(&self) -> Result<Model> {
-        Model::from_gguf(self.run.model.gguf()?).map_err(|e| self.run.model.at(e))
+        self.run.model.open()
     }
 
     fn tokens(&self, model: &Model) -> Result<Vec<u32>> {
-        let text = match &self.file {
-            Some(path) => read_text(Some(path))?,
-            None => SAMPLE.to_string(),
-        };
+        let text = text_or_sample(self.file.as_deref())?;
         model.tokenizer.encode(&text, true, false)
     }
 
@@ -309,7 +305,7 @@ impl Compare {
         for (_, v) in document.ranked() {
             if let (Role::Variant, Some(plan)) = (v.role, plan(&v.name)) {
                 // What reads a prompt twice has other tokens, and another form is another model.
-                let fits = plan.n_copies() == 1 && forms::changed(&model, &plan).is_empty();
+                let fits = plan.n_copies() == 1 && plan.other_forms(&model.plan).is_empty();
                 plans.extend(fits.then(|| (v.name.clone(), plan)));
             }
         }

@@ -1,11 +1,10 @@
 //! `qkov forms`: how attention can be factored.
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::Run;
-use super::norms::{line, param_json};
-use super::terminal::{print, print_json};
+use super::list::{Item, params_json, show};
 use crate::error::Result;
 use crate::merge::{FORMS, Form};
 
@@ -21,24 +20,18 @@ impl Run for Forms {
     const ABOUT: &'static str = "List the forms that --form takes, with their parameters";
 
     fn run(self) -> Result<()> {
-        if self.json {
-            return print_json(&FORMS.iter().map(|f| as_json(*f)).collect::<Vec<_>>());
-        }
-        let mut text = String::new();
-        for form in FORMS {
-            text += &format!("{}\n  {}\n  {}\n", form.name(), form.what(), form.paper());
-            form.params().iter().for_each(|p| text += &line(p));
-        }
-        print(text.as_bytes())
+        let item = |form: &&'static dyn Form| Item {
+            name: form.name(),
+            what: form.what(),
+            paper: form.paper(),
+            params: form.params(),
+            json: json!({
+                "name": form.name(),
+                "what": form.what(),
+                "paper": form.paper(),
+                "params": params_json(form.params().iter()),
+            }),
+        };
+        show(FORMS.iter().map(item).collect(), self.json, "")
     }
-}
-
-fn as_json(form: &dyn Form) -> Value {
-    let params: Vec<Value> = form.params().iter().map(param_json).collect();
-    json!({
-        "name": form.name(),
-        "what": form.what(),
-        "paper": form.paper(),
-        "params": params,
-    })
 }

@@ -12,7 +12,8 @@ use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{self, Gguf, Writer};
 use crate::measure::sweep::{Point, Sweep};
-use crate::model::{Model, NORMALIZER_KEY, NewLayer};
+use crate::merge::KvHead;
+use crate::model::{NORMALIZER_KEY, NewLayer};
 use crate::plan::PlanFile;
 use crate::quant::{self, FORMATS, Format};
 
@@ -56,13 +57,16 @@ impl Run for Merge {
             bad_usage!("--out {}: the file exists; --force replaces it", out.display());
         }
         let round = self.ty.as_deref().map(format_of).transpose()?;
-        let model = Model::from_gguf(self.run.model.gguf()?).map_err(|e| self.run.model.at(e))?;
+        let model = self.run.model.open()?;
         model.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         if !self.run.mask.is_empty() {
             bad_usage!("--mask: a file does not say how prompts are read");
         }
         let plan = self.run.form_plan(&model)?;
         let norms = PlanFile::of(&plan, &model.trained, "").norm.join(";");
+        if !norms.is_empty() && self.stock {
+            bad_usage!("--norm: a plain file has the normalizer that it was trained with");
+        }
         if plan.names()[1] == model.trained.names()[1] {
             bad_usage!("nothing to rewrite: --form says what the file has already");
         }
@@ -74,9 +78,6 @@ impl Run for Merge {
         };
         let mut writer = Writer::new();
         writer.copy_metadata(&gguf)?;
-        if !norms.is_empty() && self.stock {
-            bad_usage!("--norm: a plain file has the normalizer that it was trained with");
-        }
         if !norms.is_empty() {
             writer.remove(NORMALIZER_KEY);
             writer.set(NORMALIZER_KEY, gguf::Value::String(norms.as_bytes()))?;
@@ -92,7 +93,7 @@ impl Run for Merge {
 
 impl Merge {
     fn sweep(&self) -> Result<()> {
-        let model = Model::from_gguf(self.run.model.gguf()?).map_err(|e| self.run.model.at(e))?;
+        let model = self.run.model.open()?;
         let form = match &self.run.form[..] {
             [] => "lowrank",
             [form] => form,
@@ -131,7 +132,7 @@ fn table(layers: &[NewLayer]) -> String {
             text += &format!("{i:5}  {name}\n");
             continue;
         };
-        let all = |of: fn(&crate::merge::KvHead) -> usize| {
+        let all = |of: fn(&KvHead) -> usize| {
             let all: Vec<usize> = new.geometry.kv.iter().map(of).collect();
             let (low, high) = (all.iter().min().copied(), all.iter().max().copied());
             let (low, high) = (low.unwrap_or(0), high.unwrap_or(0));

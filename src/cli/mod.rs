@@ -10,6 +10,7 @@ mod forms;
 mod generate;
 mod heads;
 mod inspect;
+mod list;
 mod masks;
 mod merge;
 mod norms;

@@ -6,15 +6,13 @@ use std::sync::Arc;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
-use super::terminal::{note, progress, read_text};
+use super::terminal::{note, progress, read_text, text_or_sample};
 use crate::bad_usage;
 use crate::cpu::threads::default_threads;
 use crate::cpu::{CacheType, Threads};
 use crate::error::{Error, Result};
 use crate::gguf::{Bytes, Gguf, evict};
-use crate::measure::SAMPLE;
 use crate::measure::forms;
-use crate::measure::grams::gather;
 use crate::measure::quality::Windows;
 use crate::model::{Model, NewLayer};
 use crate::plan::{Plan, PlanFile};
@@ -45,6 +43,11 @@ impl ModelArgs {
             Some(path) => Gguf::open(path),
             None => Gguf::parse(Bytes::from(SHIPPED)),
         }
+    }
+
+    /// The model as it was trained.
+    pub(super) fn open(&self) -> Result<Model> {
+        Model::from_gguf(self.gguf()?).map_err(|e| self.at(e))
     }
 
     /// The file's name in reports.
@@ -151,14 +154,14 @@ impl ValueEnum for CacheType {
 impl RunArgs {
     /// Opens the model; warnings go to stderr.
     pub(super) fn open(&self) -> Result<Arc<Model>> {
-        let model = Model::from_gguf(self.model.gguf()?).map_err(|e| self.model.at(e))?;
+        let model = self.model.open()?;
         self.planned(self.formed(model)?)
     }
 
     /// A model in the forms that were asked for.
     pub(super) fn formed(&self, model: Model) -> Result<Model> {
         let plan = self.form_plan(&model)?;
-        if forms::changed(&model, &plan).is_empty() {
+        if plan.other_forms(&model.plan).is_empty() {
             return Ok(model);
         }
         let (model, layers) = self.new_layers(model, plan)?;
@@ -190,10 +193,8 @@ impl RunArgs {
         let model = Arc::new(model);
         let mut session = Session::new(model.clone(), &options)?;
         let bar = progress(sequences.len(), "windows for the form");
-        let grams = match forms::needs_grams(&model, &plan) {
-            true => gather(&mut session, &sequences, &mut |n| bar.set_position(n as u64))?,
-            false => Vec::new(),
-        };
+        let mut count = |n| bar.set_position(n as u64);
+        let grams = forms::grams_for(&mut session, &plan, &sequences, &mut count)?;
         bar.finish_and_clear();
         let mut plan = plan;
         if forms::has_budget(&plan) {
@@ -211,10 +212,7 @@ impl RunArgs {
 
     /// Sequences of tokens that forms are made with, and what follows them to judge forms.
     pub(super) fn form_windows(&self, model: &Model) -> Result<(Vec<Vec<u32>>, Windows)> {
-        let text = match &self.form_text {
-            Some(path) => read_text(Some(path))?,
-            None => SAMPLE.to_string(),
-        };
+        let text = text_or_sample(self.form_text.as_deref())?;
         let mut tokens = model.tokenizer.encode(&text, true, false)?;
         let n = self.form_tokens.min(tokens.len() * 2 / 3);
         let mut rest = tokens.split_off(n);

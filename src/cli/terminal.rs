@@ -6,6 +6,7 @@ use std::path::Path;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::error::{Error, Result};
+use crate::measure::SAMPLE;
 
 /// A line on stderr. Nothing can be done if that fails.
 pub(super) fn note(line: &str) {
@@ -65,6 +66,14 @@ pub(super) fn read_text(path: Option<&Path>) -> Result<String> {
         let at = e.utf8_error().valid_up_to();
         Error::File(format!("{place}: the text is not UTF-8 at byte {at}"))
     })
+}
+
+/// The text of a file, or without one the sample that is built in.
+pub(super) fn text_or_sample(path: Option<&Path>) -> Result<String> {
+    match path {
+        Some(path) => read_text(Some(path)),
+        None => Ok(SAMPLE.to_string()),
+    }
 }
 
 /// A progress bar on stderr; nothing unless that is a terminal.

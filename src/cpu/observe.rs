@@ -37,8 +37,6 @@ pub struct SeenHead<'a> {
     pub layer: usize,
     /// Query head, from 0.
     pub head: usize,
-    /// The layer's normed input, from which all heads are made. `[n, n_embd]`
-    pub inputs: &'a [f32],
     /// Queries, `dim` elements from `start` on of every row.
     pub queries: SeenRows<'a>,
     /// Keys of the kv head that serves this one.
@@ -68,11 +66,6 @@ impl<'a> SeenRows<'a> {
     pub fn iter(&self) -> impl Iterator<Item = &'a [f32]> {
         let SeenRows { start, dim, .. } = *self;
         self.data.chunks_exact(self.width).map(move |row| &row[start..start + dim])
-    }
-
-    /// Elements of a row.
-    pub fn dim(&self) -> usize {
-        self.dim
     }
 }
 
@@ -135,7 +128,6 @@ impl Buffers {
             observer.see_head(&SeenHead {
                 layer,
                 head,
-                inputs: &self.normed.floats,
                 queries: SeenRows::new(q, g.query_width(), g.queries(head)),
                 keys: SeenRows::new(k, g.key_width(), g.keys(kv)),
                 values: SeenRows::new(&self.v, g.value_width(), g.values(kv)),

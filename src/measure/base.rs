@@ -17,6 +17,9 @@ use crate::token::Tokenizer;
 /// a file.
 pub(super) const KL_FLOOR: f32 = -16.0;
 
+/// Most memory for a base that is kept.
+pub const MAX_BASE_BYTES: usize = 2 << 30;
+
 /// Tokens cut into windows. Cloning copies no token.
 #[derive(Clone)]
 pub struct Windows {

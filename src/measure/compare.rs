@@ -11,10 +11,9 @@ use crate::gguf::Gguf;
 use crate::mask;
 use crate::measure::calibrate::{self, calibrate};
 use crate::measure::forms;
-use crate::measure::grams::gather;
 use crate::measure::heads::{HeadStats, RowStats, observe};
 use crate::measure::latency::{Duel, Pace, duel, mean_and_deviation, median, percentile};
-use crate::measure::quality::{Base, Windows, evaluate};
+use crate::measure::quality::{Base, MAX_BASE_BYTES, Windows, evaluate};
 use crate::measure::retrieval::{Probe, Retrieval, retrieve};
 use crate::measure::yardstick::requantized;
 use crate::merge::{self, Grams};
@@ -24,8 +23,6 @@ use crate::plan::Plan;
 use crate::quant::Format;
 use crate::session::Session;
 
-/// Most memory for the baseline's logits; a larger baseline reads the text again for every variant.
-const MAX_KEPT_BYTES: usize = 2 << 30;
 /// Rows of scores that a head is fitted to.
 const N_ROWS: usize = 256;
 /// Bins of a histogram.
@@ -263,7 +260,8 @@ impl<'a> Comparison<'a> {
     ) -> Result<Comparison<'a>> {
         let trained = session.model().trained.clone();
         session.set_plan(trained.clone())?;
-        let kept = Base::in_memory(&mut session, windows, MAX_KEPT_BYTES, &mut |_| {})?;
+        // A larger one reads the text again for every variant.
+        let kept = Base::in_memory(&mut session, windows, MAX_BASE_BYTES, &mut |_| {})?;
         let base = match kept {
             Some(base) => base,
             None => Base::live(open()?, windows.clone()),
@@ -285,11 +283,11 @@ impl<'a> Comparison<'a> {
         open: &dyn Fn(Gguf) -> Result<Session>,
     ) -> Result<Option<Session>> {
         self.session.set_plan(self.trained.clone())?;
-        if forms::changed(self.session.model(), plan).is_empty() {
+        if plan.other_forms(&self.trained).is_empty() {
             return Ok(None);
         }
-        if forms::needs_grams(self.session.model(), plan) && self.grams.is_empty() {
-            self.grams = gather(&mut self.session, self.fitting, &mut |_| {})?;
+        if self.grams.is_empty() {
+            self.grams = forms::grams_for(&mut self.session, plan, self.fitting, &mut |_| {})?;
         }
         let gguf = forms::rewritten(self.session.model(), plan, &self.grams, None)?;
         open(gguf).map(Some)

@@ -3,30 +3,39 @@
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::Gguf;
-use crate::measure::quality::{Base, Windows, evaluate};
+use crate::measure::grams::gather;
+use crate::measure::quality::{Base, MAX_BASE_BYTES, Windows, evaluate};
 use crate::merge::{Grams, Trained};
 use crate::model::{Model, NewLayer};
 use crate::plan::{LayerPlan, Plan};
 use crate::quant::Format;
 use crate::session::Session;
 
-/// Layers whose form `plan` changes.
-pub fn changed(model: &Model, plan: &Plan) -> Vec<usize> {
-    let pairs = model.plan.layers.iter().zip(&plan.layers).enumerate();
-    pairs.filter(|(_, (old, new))| old.form.text() != new.form.text()).map(|(i, _)| i).collect()
-}
-
-/// Whether the forms of `plan` are made with what heads make of a text.
+/// Whether the forms that `plan` changes are made with what heads make of a text.
 pub fn needs_grams(model: &Model, plan: &Plan) -> bool {
-    changed(model, plan).into_iter().any(|i| {
+    plan.other_forms(&model.plan).into_iter().any(|i| {
         let form = &plan.layers[i].form;
         form.form().needs_grams(form)
     })
 }
 
+/// What the heads of the session's model make of sequences, if the forms of a plan need it. `progress`
+/// gets the number of sequences read.
+pub fn grams_for(
+    session: &mut Session,
+    plan: &Plan,
+    sequences: &[Vec<u32>],
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<Grams>> {
+    match needs_grams(session.model(), plan) {
+        true => gather(session, sequences, progress),
+        false => Ok(Vec::new()),
+    }
+}
+
 /// Refuses forms that a layer cannot have.
 pub fn check(model: &Model, plan: &Plan) -> Result<()> {
-    for i in changed(model, plan) {
+    for i in plan.other_forms(&model.plan) {
         let (old, new) = (&model.plan.layers[i].form, &plan.layers[i].form);
         if model.hparams.layers[i].rewritten.is_some() {
             bad_usage!(
@@ -48,7 +57,7 @@ pub fn new_layers(model: &Model, plan: &Plan, grams: &[Grams]) -> Result<Vec<New
     check(model, plan)?;
     let layer = |layer: &LayerPlan| NewLayer { form: layer.form.clone(), rewritten: None };
     let mut layers: Vec<NewLayer> = plan.layers.iter().map(layer).collect();
-    let mut rest = changed(model, plan);
+    let mut rest = plan.other_forms(&model.plan);
     while let Some(first) = rest.first() {
         let form = plan.layers[*first].form.clone();
         let (same, others): (Vec<usize>, Vec<usize>) =
@@ -116,9 +125,6 @@ pub fn within_budget(
     }
     with(high)
 }
-
-/// Most memory for what the model as trained predicts.
-const MAX_BASE_BYTES: usize = 2 << 30;
 
 /// The file of a model whose layers have the forms of `plan`, in memory.
 pub fn rewritten(

@@ -64,7 +64,6 @@ struct LayerSums {
     outputs: Vec<Mutex<Sums>>,
     /// Of each kv head.
     keys: Vec<Mutex<Sums>>,
-    values: Vec<Mutex<Sums>>,
 }
 
 impl LayerSums {
@@ -74,7 +73,6 @@ impl LayerSums {
             queries: (0..g.n_head).map(|h| sums(g.queries(h).len())).collect(),
             outputs: (0..g.n_head).map(|h| sums(g.outputs(h).len())).collect(),
             keys: g.kv.iter().map(|kv| sums(kv.score_dim)).collect(),
-            values: g.kv.iter().map(|kv| sums(kv.value_dim)).collect(),
         }
     }
 
@@ -82,7 +80,7 @@ impl LayerSums {
         let all = |sums: Vec<Mutex<Sums>>| -> Option<Vec<Sums>> {
             sums.into_iter().map(|s| s.into_inner().ok()).collect()
         };
-        let (queries, keys, values) = (all(self.queries)?, all(self.keys)?, all(self.values)?);
+        let (queries, keys) = (all(self.queries)?, all(self.keys)?);
         let outputs = all(self.outputs)?;
         let per_kv = queries.len() / keys.len();
         let of_group = |group: &[Sums]| {
@@ -91,11 +89,9 @@ impl LayerSums {
             sum.mean(n_tokens)
         };
         Some(Grams {
-            n_tokens,
             queries: queries.chunks(per_kv).map(of_group).collect(),
             key_means: keys.iter().map(|s| s.mean_row(n_tokens)).collect(),
             keys: keys.iter().map(|s| s.mean(n_tokens)).collect(),
-            values: values.iter().map(|s| s.mean(n_tokens)).collect(),
             output_means: outputs.iter().map(|s| s.mean_row(n_tokens)).collect(),
             outputs: outputs.iter().map(|s| s.mean(n_tokens)).collect(),
         })
@@ -128,7 +124,6 @@ impl Observer for Gatherer {
         add(&layer.outputs[seen.head], seen.outputs);
         if seen.head.is_multiple_of(per_kv) {
             add(&layer.keys[seen.head / per_kv], seen.keys);
-            add(&layer.values[seen.head / per_kv], seen.values);
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::gguf::Sink;
 use crate::session::Session;
 
-pub use super::base::{Base, Windows};
+pub use super::base::{Base, MAX_BASE_BYTES, Windows};
 pub use super::divergence::{Divergence, Estimate, POINTS, Row, Spread, Tally};
 
 /// What was measured.

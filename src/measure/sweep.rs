@@ -1,9 +1,8 @@
 //! One form at several ranks: what is lost, and what is gained.
 
-use super::forms::{needs_grams, rewritten};
-use super::grams::gather;
+use super::forms::{grams_for, rewritten};
 use super::latency::{duel, median};
-use super::quality::{Base, Windows, evaluate};
+use super::quality::{Base, MAX_BASE_BYTES, Windows, evaluate};
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::Gguf;
@@ -13,8 +12,6 @@ use crate::session::Session;
 
 /// Shares of all elements of heads that are tried.
 const RATIOS: [f32; 8] = [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125];
-/// Most memory for what the model as trained predicts.
-const MAX_BASE_BYTES: usize = 2 << 30;
 /// Tokens one by one, and rounds, that are timed.
 const N_GEN: usize = 32;
 const N_ROUNDS: usize = 3;
@@ -93,11 +90,8 @@ impl Sweep {
         let mut session = trained()?;
         let base = Base::in_memory(&mut session, &self.windows, MAX_BASE_BYTES, &mut |_| {})?;
         let Some(mut base) = base else { bad_usage!("--form-tokens: too many for a sweep") };
-        let needed = self.plans.iter().any(|plan| needs_grams(session.model(), plan));
-        let grams = match needed {
-            true => gather(&mut session, &self.fitting, &mut |_| {})?,
-            false => Vec::new(),
-        };
+        // What they need does not depend on the rank.
+        let grams = grams_for(&mut session, &self.plans[0], &self.fitting, &mut |_| {})?;
         let as_trained = session.model().trained.clone();
         let mut points = Vec::new();
         for plan in &self.plans {

@@ -189,14 +189,10 @@ impl Rewritten {
 /// after norms of heads. Means over tokens of outer products, biases included.
 #[derive(Debug, Clone)]
 pub struct Grams {
-    /// Tokens that were averaged over.
-    pub n_tokens: usize,
     /// For each kv head, the sum over its query heads. `[key_dim, key_dim]`
     pub queries: Vec<Mat<f64>>,
     /// For each kv head. `[key_dim, key_dim]`
     pub keys: Vec<Mat<f64>>,
-    /// For each kv head. `[value_dim, value_dim]`
-    pub values: Vec<Mat<f64>>,
     /// For each query head, of its output: values mixed with weights. `[value_dim, value_dim]`
     pub outputs: Vec<Mat<f64>>,
     /// For each kv head, means over tokens. `[key_dim]`
@@ -204,6 +200,9 @@ pub struct Grams {
     /// For each query head, the same of its output. `[value_dim]`
     pub output_means: Vec<Vec<f64>>,
 }
+
+/// Rows of a rewritten output matrix are whole blocks of this many elements.
+pub const BLOCK: usize = 32;
 
 /// Every form.
 pub static FORMS: &[&dyn Form] = &[&split::Split, &lowrank::LowRank, &slim::Slim, &absorb::Absorb];
@@ -307,14 +306,12 @@ impl Geometry {
 
     /// Place of a kv head in a row of keys.
     pub fn keys(&self, head: usize) -> Range<usize> {
-        let start = self.kv[..head].iter().map(|kv| kv.score_dim).sum();
-        start..start + self.kv[head].score_dim
+        self.place_kv(head, |kv| kv.score_dim)
     }
 
     /// Place of a kv head in a row of values.
     pub fn values(&self, head: usize) -> Range<usize> {
-        let start = self.kv[..head].iter().map(|kv| kv.value_dim).sum();
-        start..start + self.kv[head].value_dim
+        self.place_kv(head, |kv| kv.value_dim)
     }
 
     /// Cached elements per token.
@@ -343,9 +340,13 @@ impl Geometry {
     }
 
     fn place(&self, head: usize, dim: impl Fn(&KvHead) -> usize) -> Range<usize> {
-        let (kv, i) = (head / self.per_kv(), head % self.per_kv());
-        let before: usize = self.kv[..kv].iter().map(&dim).sum();
-        let start = before * self.per_kv() + i * dim(&self.kv[kv]);
-        start..start + dim(&self.kv[kv])
+        let at = self.place_kv(head / self.per_kv(), dim);
+        let start = at.start * self.per_kv() + head % self.per_kv() * at.len();
+        start..start + at.len()
+    }
+
+    fn place_kv(&self, head: usize, dim: impl Fn(&KvHead) -> usize) -> Range<usize> {
+        let start = self.kv[..head].iter().map(&dim).sum();
+        start..start + dim(&self.kv[head])
     }
 }

@@ -1,11 +1,11 @@
 //! Attention as numbers, and the model with other numbers in its place.
 
-use super::{BLOCK, Linear, Model, Weight};
+use super::{Linear, Model, Weight};
 use crate::arch::rewritten;
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{Bytes, Data, Gguf, Value, Writer};
-use crate::merge::{self, Dense, Kept, Site, Weights};
+use crate::merge::{self, BLOCK, Dense, Kept, Site, Weights};
 use crate::normalizer;
 use crate::plan::Plan;
 use crate::quant::{self, FORMATS, Format};
@@ -49,20 +49,13 @@ impl Model {
     pub fn site(&self, layer: usize, normalizers: &[normalizer::Choice]) -> Site<'_> {
         // A cap on scores sees constants that are added to them.
         let is_capped = self.hparams.attn_softcap.is_some();
+        let rope = self.hparams.rope.as_ref().filter(|_| self.hparams.layers[layer].rotates);
         Site {
             hparams: &self.hparams,
             layer,
             shift_invariant: !is_capped && normalizers.iter().all(|n| n.is_shift_invariant()),
             unit_sum: normalizers.iter().all(|n| n.sums_to_one()),
-            frequencies: match self
-                .hparams
-                .rope
-                .as_ref()
-                .filter(|_| self.hparams.layers[layer].rotates)
-            {
-                Some(rope) => rope.frequencies(self.rope_freqs.as_deref()).0,
-                None => Vec::new(),
-            },
+            frequencies: rope.map_or(Vec::new(), |r| r.frequencies(self.rope_freqs.as_deref()).0),
         }
     }
 
@@ -87,24 +80,21 @@ impl Model {
 
     /// Whether a plan has other forms than this model's; refuses those that need other matrices.
     pub fn check_forms(&self, plan: &Plan) -> Result<bool> {
-        let mut changed = false;
-        for (i, (new, old)) in plan.layers.iter().zip(&self.plan.layers).enumerate() {
-            let (new, old, norms) = (&new.form, &old.form, &new.normalizers);
-            if new.text() == old.text() {
-                continue;
-            }
-            changed = true;
-            let reason = match new.form().rewrites() || old.form().rewrites() {
+        let changed = plan.other_forms(&self.plan);
+        for i in &changed {
+            let (new, old) = (&plan.layers[*i], &self.plan.layers[*i].form);
+            let reason = match new.form.form().rewrites() || old.form().rewrites() {
                 true => {
                     Err("weights have to be rewritten, which is done when a model is opened".into())
                 }
-                false => new.form().applies(new, &self.site(i, norms)),
+                false => new.form.form().applies(&new.form, &self.site(*i, &new.normalizers)),
             };
             if let Err(reason) = reason {
-                bad_usage!("form {} in place of {}, layer {i}: {reason}", new.text(), old.text());
+                let (new, old) = (new.form.text(), old.text());
+                bad_usage!("form {new} in place of {old}, layer {i}: {reason}");
             }
         }
-        Ok(changed)
+        Ok(!changed.is_empty())
     }
 
     /// Refuses a plan with normalizers that the forms of this model's layers do not go with.

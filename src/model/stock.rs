@@ -5,7 +5,7 @@ use crate::arch::{Pairing, Scaling, rewritten};
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{Bytes, Data, Gguf, Value, Writer};
-use crate::merge::KvHead;
+use crate::merge::{BLOCK, KvHead};
 use crate::quant::{self, Format};
 use crate::simd;
 
@@ -87,10 +87,10 @@ impl Model {
             );
         }
         let width = self.hparams.layers.iter().map(|l| l.n_head * first.value_dim);
-        if let Some(width) = width.into_iter().find(|n| !n.is_multiple_of(super::BLOCK)) {
+        if let Some(width) = width.into_iter().find(|n| !n.is_multiple_of(BLOCK)) {
             bad_usage!(
                 "--stock: outputs of all heads have {width} elements, not whole blocks of {}",
-                super::BLOCK
+                BLOCK
             );
         }
         Ok(first.clone())

@@ -86,12 +86,11 @@ impl PlanFile {
         }
         let mut wanted = plan.clone();
         wanted.set_forms(&self.form.join(";"))?;
-        let mut pairs = plan.layers.iter().zip(&wanted.layers);
-        if let Some(i) = pairs.position(|(has, wants)| has.form.text() != wants.form.text()) {
+        if let Some(i) = plan.other_forms(&wanted).first() {
             bad_usage!(
                 "the plan is for layer {i} in the form {}; the model has it as {}",
-                wanted.layers[i].form.text(),
-                plan.layers[i].form.text()
+                wanted.layers[*i].form.text(),
+                plan.layers[*i].form.text()
             );
         }
         for text in &self.norm {

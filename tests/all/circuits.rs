@@ -1,10 +1,10 @@
 //! What is inside heads, against products that are multiplied out.
 
-use std::process::Command;
-
 use faer::Mat;
 use qkov::measure::circuits::{circuits, dense_products};
 use qkov::model::Model;
+
+use crate::cli::code_and_text as qkov;
 
 #[test]
 fn thin_factors_say_what_products_say() {
@@ -56,12 +56,6 @@ fn thin_factors_say_what_products_say() {
             assert!(circuit.planes.is_empty() || (shares - 1.0).abs() < 1e-9);
         }
     }
-}
-
-fn qkov(args: &[&str]) -> (i32, String) {
-    let out = Command::new(env!("CARGO_BIN_EXE_qkov")).args(args).output().unwrap();
-    let text = [out.stdout, out.stderr].concat();
-    (out.status.code().unwrap(), String::from_utf8(text).unwrap())
 }
 
 #[test]

@@ -25,6 +25,13 @@ pub fn ok(args: &[&str], stdin: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// The exit code of a run, and everything that it prints.
+pub fn code_and_text(args: &[&str]) -> (i32, String) {
+    let output = qkov(args, "");
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap(), String::from_utf8(text).unwrap())
+}
+
 /// The one line on stderr of a run that fails with `code`.
 pub fn error(args: &[&str], code: i32) -> String {
     let output = qkov(args, "");

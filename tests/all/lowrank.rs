@@ -1,6 +1,5 @@
 //! Low rank, from a file to its logits.
 
-use std::process::Command;
 use std::sync::Arc;
 
 use qkov::cpu::{CacheType, Threads};
@@ -11,6 +10,8 @@ use qkov::measure::quality::{Base, Windows, evaluate};
 use qkov::model::Model;
 use qkov::quant;
 use qkov::session::{Options, Session};
+
+use crate::cli::code_and_text as qkov;
 
 fn golden(name: &str) -> Gguf {
     let path = format!("{}/tests/golden/{name}.gguf", env!("CARGO_MANIFEST_DIR"));
@@ -165,12 +166,6 @@ fn data_helps_in_every_layer() {
         println!("layer {layer}: KL {:.5} with data, {:.5} without", kl[0], kl[1]);
         assert!(kl[0] < kl[1], "layer {layer}: {kl:?}");
     }
-}
-
-fn qkov(args: &[&str]) -> (i32, String) {
-    let out = Command::new(env!("CARGO_BIN_EXE_qkov")).args(args).output().unwrap();
-    let text = [out.stdout, out.stderr].concat();
-    (out.status.code().unwrap(), String::from_utf8(text).unwrap())
 }
 
 #[test]

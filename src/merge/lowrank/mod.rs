@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use self::ranks::{Part, Parts, Target, choose, shared};
 use self::solver::{Factors, factor, refit};
 use super::{
-    Choice, Dense, Form, Geometry, Grams, KvHead, Rewritten, Site, Trained, Verdict, Weights,
+    BLOCK, Choice, Dense, Form, Geometry, Grams, KvHead, Rewritten, Site, Trained, Verdict, Weights,
 };
 use crate::arch::Pairing;
 use crate::error::{Error, Result};
@@ -487,9 +487,6 @@ struct Builder {
     o_bias: Option<Vec<f64>>,
 }
 
-/// Rows of the output matrix are whole blocks of this many elements.
-const BLOCK: usize = 32;
-
 impl Builder {
     fn new(old: &Weights) -> Builder {
         let n_embd = old.q.n_in;
@@ -555,11 +552,9 @@ impl Grams {
         let values: Vec<_> =
             (0..n_head_kv).map(|kv| moment(&weights.v, kv, hp.value_dim)).collect();
         Grams {
-            n_tokens: 0,
             queries: (0..n_head_kv).map(queries).collect(),
             keys: (0..n_head_kv).map(|kv| moment(&weights.k, kv, hp.key_dim)).collect(),
             outputs: (0..n_head).map(|h| values[h / per_kv].clone()).collect(),
-            values,
             key_means: (0..n_head_kv).map(|kv| mean(&weights.k, kv, hp.key_dim)).collect(),
             output_means: (0..n_head).map(|h| mean(&weights.v, h / per_kv, hp.value_dim)).collect(),
         }

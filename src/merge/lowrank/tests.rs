@@ -203,7 +203,6 @@ impl Layer {
     fn grams(&self) -> Grams {
         let (g, w) = (self.geometry(), &self.weights);
         let keys: Vec<_> = (0..g.n_head_kv()).map(|kv| self.rows(&w.k, g.keys(kv))).collect();
-        let values = (0..g.n_head_kv()).map(|kv| self.rows(&w.v, g.values(kv)));
         let outputs: Vec<_> = (0..g.n_head).map(|h| self.outputs(h)).collect();
         let queries = |kv: usize| {
             let group = kv * self.per_kv()..(kv + 1) * self.per_kv();
@@ -211,10 +210,8 @@ impl Layer {
             all.reduce(|a, b| a + b).unwrap()
         };
         Grams {
-            n_tokens: N_TOKENS,
             queries: (0..g.n_head_kv()).map(queries).collect(),
             keys: keys.iter().map(|k| second_moment(k)).collect(),
-            values: values.map(|v| second_moment(&v)).collect(),
             outputs: outputs.iter().map(|z| second_moment(z)).collect(),
             key_means: keys.iter().map(|k| mean_of(k)).collect(),
             output_means: outputs.iter().map(|z| mean_of(z)).collect(),
@@ -486,7 +483,7 @@ fn constants_that_are_taken_out_come_back() {
 fn heads_that_say_nothing_or_nonsense() {
     let layer = Layer::new(PLAIN, 5);
     let mut grams = layer.grams();
-    let all = [&mut grams.queries, &mut grams.keys, &mut grams.values, &mut grams.outputs];
+    let all = [&mut grams.queries, &mut grams.keys, &mut grams.outputs];
     all.into_iter().flatten().for_each(|gram| gram.fill(0.0));
     [&mut grams.key_means, &mut grams.output_means]
         .into_iter()
