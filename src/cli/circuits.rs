@@ -1,98 +1,150 @@
-//! `qkov inspect --heads`: what is inside the heads.
+//! `qkov inspect --heads` and `--dense`: what is inside the heads.
 
-use std::sync::Mutex;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use serde_json::{Value, json};
+use clap::Args;
+use serde_json::Value;
 
-use crate::cpu::{Observer, SeenHead, SeenRows};
+use super::options::ModelArgs;
+use super::terminal::{note, print, print_json, read_text};
+use crate::bad_usage;
 use crate::error::{Result, escaped};
-use crate::measure::circuits::{Circuit, Match, Product, Side, circuits, matches};
+use crate::gguf::replace_file;
+use crate::measure::circuits::{
+    self, Circuit, Described, Direction, Match, Plane, Product, Reading, Selection, dense_products,
+    describe,
+};
+use crate::measure::export::{Array, npz, safetensors};
+use crate::measure::report::{check_folder, write_heads};
 use crate::model::Model;
-use crate::session::Session;
+use crate::plan::range;
+use crate::session::{Options, Session};
+use crate::token::Tokenizer;
 
-/// Shares of a head's width at which energies are given.
-const SHARES: [f64; 4] = [0.125, 0.25, 0.5, 0.75];
 /// Most tokens of a text whose patterns and messages are read.
-pub(super) const MAX_TEXT: usize = 64;
-/// Directions whose tokens are shown, and tokens of each.
-const DIRECTIONS: usize = 2;
+const MAX_TEXT: usize = 64;
+/// Singular values that are shown.
+const SHOWN_VALUES: usize = 12;
+/// Planes that are shown.
+const SHOWN_PLANES: usize = 6;
 
-/// Which heads, and how much of them.
-pub(super) struct Selection {
-    pub(super) layers: std::ops::Range<usize>,
-    /// Of each of the layers.
-    pub(super) heads: std::ops::Range<usize>,
-    /// Tokens for a direction.
-    pub(super) n_tokens: usize,
-    /// Whether directions are shown as tokens, which reads the whole vocabulary.
-    pub(super) details: bool,
+#[derive(Args)]
+pub(super) struct Heads {
+    /// Shows what is inside the heads: what the products W_QK and W_OV of their weights are like
+    #[arg(long, conflicts_with_all = ["tensors", "template"])]
+    pub(super) heads: bool,
+    /// Of --heads, these layers: *, a number, or two with - between them
+    #[arg(long, value_name = "LAYERS", default_value = "*", requires = "heads")]
+    layer: String,
+    /// Of these layers, these heads; spectra and directions of one head are shown too
+    #[arg(long, value_name = "HEADS", default_value = "*", requires = "heads")]
+    head: String,
+    /// Tokens that are shown for a direction
+    #[arg(long, value_name = "N", default_value = "6", requires = "heads")]
+    top: std::num::NonZeroU16,
+    /// Directions of a product that are shown as tokens, those of its largest singular values
+    #[arg(long, value_name = "N", default_value_t = 2, requires = "heads")]
+    directions: u16,
+    /// Writes a page with maps of all heads, their spectra and directions
+    #[arg(long, value_name = "FILE", requires = "heads", conflicts_with_all = ["text", "file"])]
+    html: Option<PathBuf>,
+    /// Shows what the heads look for at every token of a text, and what they write for it
+    #[arg(long, value_name = "TEXT", requires = "heads", conflicts_with = "file")]
+    text: Option<String>,
+    /// File with such a text
+    #[arg(short, long, value_name = "FILE", requires = "heads")]
+    file: Option<PathBuf>,
+    /// Writes W_QK and W_OV of one head, LAYER.HEAD, multiplied out, to --out
+    #[arg(long, value_name = "LAYER.HEAD", requires = "out", conflicts_with_all = ["json", "tensors", "template", "heads"])]
+    pub(super) dense: Option<String>,
+    /// File for --dense, .npz or .safetensors
+    #[arg(short, long, value_name = "FILE", requires = "dense")]
+    pub(super) out: Option<PathBuf>,
 }
 
-/// A head with its directions as tokens.
-pub(super) struct Shown {
-    circuit: Circuit,
-    /// For each direction what queries and keys look for, what is read and what is written.
-    directions: Vec<[Vec<Match>; 4]>,
-}
-
-/// The heads that were asked for.
-pub(super) fn select(model: &Model, selection: &Selection) -> Result<Vec<Shown>> {
-    let all = circuits(model, selection.layers.clone())?;
-    let chosen: Vec<Circuit> =
-        all.into_iter().filter(|c| selection.heads.contains(&c.head)).collect();
-    if !selection.details {
-        let shown = chosen.into_iter().map(|circuit| Shown { circuit, directions: Vec::new() });
-        return Ok(shown.collect());
+impl Heads {
+    pub(super) fn show(&self, args: &ModelArgs, model: Model, as_json: bool) -> Result<()> {
+        self.html.as_deref().map_or(Ok(()), check_folder)?;
+        let layers = range("--layer", &self.layer, model.layers.len())?;
+        let n_head = model.hparams.layers[layers.clone()].iter().map(|l| l.n_head).max();
+        let heads = range("--head", &self.head, n_head.unwrap_or(1))?;
+        let mut selection = Selection {
+            layers,
+            heads,
+            n_directions: usize::from(self.directions),
+            n_tokens: usize::from(self.top.get()),
+        };
+        if self.text.is_some() || self.file.is_some() {
+            return self.read(model, &selection, as_json);
+        }
+        let is_one = selection.layers.len() == 1 && selection.heads.len() == 1;
+        // Directions as tokens read the whole vocabulary.
+        if !is_one && !as_json && self.html.is_none() {
+            selection.n_directions = 0;
+        }
+        let found = describe(&model, &selection)?;
+        if let Some(path) = &self.html {
+            write_heads(path, (&args.name(), env!("QKOV_REVISION")), &model, &found)?;
+            note(&format!("written: {}", path.display()));
+        }
+        if as_json {
+            let all: Vec<Value> = found.iter().map(|head| head.json(&model.tokenizer)).collect();
+            return print_json(&all);
+        }
+        print(table(&found).as_bytes())?;
+        match &found[..] {
+            [head] => print(details(&model.tokenizer, head).as_bytes()),
+            _ => print(LEGEND.as_bytes()),
+        }
     }
-    let column = |m: &faer::Mat<f64>, c: usize| m.col(c).iter().copied().collect::<Vec<f64>>();
-    let each = |of: fn(&Circuit) -> &faer::Mat<f64>, side: Side| {
-        let directions: Vec<Vec<f64>> = chosen
-            .iter()
-            .flat_map(|c| (0..DIRECTIONS.min(of(c).ncols())).map(move |d| column(of(c), d)))
-            .collect();
-        matches(model, side, &directions, selection.n_tokens, false)
-    };
-    let mut parts = [
-        each(|c| &c.qk.left, Side::Embedding),
-        each(|c| &c.qk.right, Side::Embedding),
-        each(|c| &c.ov.left, Side::Embedding),
-        each(|c| &c.ov.right, Side::Output),
-    ]
-    .map(Vec::into_iter);
-    let mut shown = Vec::new();
-    for circuit in chosen {
-        let n = DIRECTIONS.min(circuit.qk.left.ncols()).min(circuit.ov.left.ncols());
-        let directions =
-            (0..n).map(|_| parts.each_mut().map(|part| part.next().unwrap_or_default())).collect();
-        shown.push(Shown { circuit, directions });
+
+    /// Patterns and messages of a text.
+    fn read(&self, model: Model, selection: &Selection, as_json: bool) -> Result<()> {
+        let (name, text) = match &self.text {
+            Some(text) => ("--text", text.clone()),
+            None => ("--file", read_text(self.file.as_deref())?),
+        };
+        let tokens = model.tokenizer.encode(&text, true, false)?;
+        if tokens.is_empty() || tokens.len() > MAX_TEXT {
+            bad_usage!("{name}: {} tokens; allowed 1 to {MAX_TEXT}", tokens.len());
+        }
+        let options = Options { n_ctx: Some(tokens.len()), ..Options::default() };
+        let mut session = Session::new(Arc::new(model), &options)?;
+        let readings = circuits::read_text(&mut session, selection, &tokens)?;
+        let tokenizer = &session.model().tokenizer;
+        if as_json {
+            let all: Vec<Value> = readings.iter().map(|r| r.json(&tokens, tokenizer)).collect();
+            return print_json(&all);
+        }
+        readings.iter().try_for_each(|r| print(as_text(tokenizer, r, &tokens).as_bytes()))
     }
-    Ok(shown)
 }
 
-fn energies(product: &Product) -> Vec<f64> {
-    let n = product.values.len() as f64;
-    SHARES.iter().map(|share| product.energy((share * n).round() as usize)).collect()
-}
-
-fn pieces(model: &Model, found: &[Match]) -> String {
-    let piece = |m: &Match| {
-        let piece = String::from_utf8_lossy(model.tokenizer.piece(m.token, true));
-        format!("\"{}\"", escaped(&piece))
-    };
-    found.iter().map(piece).collect::<Vec<_>>().join(" ")
-}
+const LEGEND: &str = "
+norm: root of the sum of squares; rank: effective, the exponential of the entropy of the singular
+values; 1/4, 1/2: share of the squares that a quarter or half of the width keeps; cond: condition of
+W_K and W_V; copies: sum of the eigenvalues of OV over the sum of their sizes. Heads that share keys
+and values share W_K and W_V. --layer and --head: spectrum and directions of one head as tokens.
+";
 
 /// A row for each head.
-pub(super) fn table(shown: &[Shown]) -> String {
-    let mut text = "layer.head  QK norm  rank  energy at 1/4 1/2  OV norm  rank  energy at 1/4 1/2   cond K   cond V  copying\n".to_string();
-    for Shown { circuit: c, .. } in shown {
+fn table(found: &[Described]) -> String {
+    let columns = format!("{:>9} {:>5} {:>5} {:>5}", "norm", "rank", "1/4", "1/2");
+    let mut text = format!("{:7} {:^27}   {:^27}\n", "", "QK, looks for", "OV, reads and writes");
+    text += &format!(
+        "{:>7} {columns}   {columns} {:>8} {:>8} {:>7}\n",
+        "head", "cond K", "cond V", "copies"
+    );
+    for Described { circuit: c, .. } in found {
         let at = format!("{}.{}", c.layer, c.head);
         let side = |p: &Product| {
-            let e = energies(p);
-            format!("{:7.2}  {:4.1}  {:13.3} {:.3}", p.norm(), p.effective_rank(), e[1], e[2])
+            let [_, quarter, half, _] = p.energies();
+            let (norm, rank) = (short(p.norm()), p.effective_rank());
+            format!("{norm:>9} {rank:5.1} {quarter:5.3} {half:5.3}")
         };
         text += &format!(
-            "{at:>10}  {}  {}  {:>7}  {:>7}  {:7.2}\n",
+            "{at:>7} {}   {} {:>8} {:>8} {:7.2}\n",
             side(&c.qk),
             side(&c.ov),
             short(c.key_condition),
@@ -103,155 +155,148 @@ pub(super) fn table(shown: &[Shown]) -> String {
     text
 }
 
-/// A large number in few characters.
+/// A number in at most eight characters.
 fn short(x: f64) -> String {
-    if x < 1e4 { format!("{x:.1}") } else { format!("{x:.1e}") }
+    match x {
+        x if x.is_infinite() => "none".into(),
+        x if x >= 1e5 => format!("{x:.1e}"),
+        x if x >= 100.0 => format!("{x:.0}"),
+        x => format!("{x:.2}"),
+    }
 }
 
-/// Spectra, planes and directions of each head.
-pub(super) fn details(model: &Model, shown: &[Shown]) -> String {
+/// Spectra, planes and directions of a head.
+fn details(tokenizer: &Tokenizer, head: &Described) -> String {
+    let c = &head.circuit;
     let mut text = String::new();
-    for Shown { circuit: c, directions } in shown {
-        text += &format!("\nlayer {}, head {}\n", c.layer, c.head);
-        for (name, product) in [("QK", &c.qk), ("OV", &c.ov)] {
-            let values: Vec<String> =
-                product.values.iter().take(12).map(|s| format!("{s:.2}")).collect();
-            let e: Vec<String> = energies(product).iter().map(|e| format!("{e:.3}")).collect();
-            text += &format!("  {name} singular values {} ..\n", values.join(" "));
-            text += &format!("  {name} energy at 1/8, 1/4, 1/2, 3/4: {}\n", e.join(" "));
-        }
-        if !c.planes.is_empty() {
-            let mut planes: Vec<(usize, &(f64, f64))> = c.planes.iter().enumerate().collect();
-            planes.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
-            let planes: Vec<String> = planes
-                .iter()
-                .take(6)
-                .map(|(i, (turn, share))| {
-                    format!("{i} ({turn:.0} positions) {:.1} %", 100.0 * share)
-                })
-                .collect();
-            text += &format!("  planes by energy: {}\n", planes.join(", "));
-        }
-        for (d, [query, key, read, write]) in directions.iter().enumerate() {
-            text += &format!("  direction {d}\n");
-            for (name, found) in
-                [("queries", query), ("look for keys", key), ("reads", read), ("writes", write)]
-            {
-                text += &format!("    {name:13}  {}\n", pieces(model, found));
-            }
+    for (name, product) in [("QK", &c.qk), ("OV", &c.ov)] {
+        let values = product.values.iter().take(SHOWN_VALUES).map(|s| short(*s));
+        let more = if product.values.len() > SHOWN_VALUES { " .." } else { "" };
+        let energies = product.energies().map(|e| format!("{e:.3}")).join(" ");
+        text += &format!(
+            "\n{name} singular values: {}{more}\n{name} energy at 1/8 1/4 1/2 3/4: {energies}\n",
+            values.collect::<Vec<_>>().join(" ")
+        );
+    }
+    text += &match c.layer_condition.is_finite() {
+        true => format!("\nW_K of the whole layer: condition {}\n", short(c.layer_condition)),
+        false => "\nW_K of the whole layer has more rows than columns\n".into(),
+    };
+    text += &planes(c);
+    for (name, sides, product, directions) in [
+        ("QK", ["queries such as", "look for keys such as"], &c.qk, &head.qk),
+        ("OV", ["where it reads", "it writes"], &c.ov, &head.ov),
+    ] {
+        for (i, (direction, value)) in directions.iter().zip(&product.values).enumerate() {
+            text += &format!("\n{name} direction {i}, singular value {}\n", short(*value));
+            text += &poles(tokenizer, direction, sides);
         }
     }
     text
 }
 
-/// Everything.
-pub(super) fn as_json(model: &Model, shown: &[Shown]) -> Vec<Value> {
-    let tokens = |found: &[Match]| -> Vec<Value> {
-        let piece =
-            |m: &Match| String::from_utf8_lossy(model.tokenizer.piece(m.token, true)).into_owned();
-        found.iter().map(|m| json!({"id": m.token, "token": piece(m), "score": m.score})).collect()
-    };
-    let number = |x: f64| if x.is_finite() { json!(x) } else { Value::Null };
-    let side = |p: &Product| {
-        json!({"singular_values": p.values, "norm": p.norm(), "effective_rank": p.effective_rank(),
-               "energy_at": SHARES, "energy": energies(p)})
-    };
-    shown
-        .iter()
-        .map(|Shown { circuit: c, directions }| {
-            let planes: Vec<Value> =
-                c.planes.iter().map(|(turn, share)| json!({"turn": turn, "energy": share})).collect();
-            let directions: Vec<Value> = directions
-                .iter()
-                .map(|[q, k, r, w]| {
-                    json!({"query": tokens(q), "key": tokens(k), "read": tokens(r), "write": tokens(w)})
-                })
-                .collect();
-            json!({"layer": c.layer, "head": c.head, "qk": side(&c.qk), "ov": side(&c.ov),
-                   "key_condition": number(c.key_condition), "value_condition": number(c.value_condition),
-                   "layer_key_condition": number(c.layer_condition), "copying": c.copying,
-                   "planes": planes, "directions": directions})
-        })
-        .collect()
-}
-
-/// Queries and values of a text at one head.
-struct Read {
-    layer: usize,
-    head: usize,
-    queries: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
-}
-
-/// Keeps them of the selected heads.
-struct Reader<'a> {
-    selection: &'a Selection,
-    seen: Mutex<Vec<Read>>,
-}
-
-impl Observer for Reader<'_> {
-    fn wants(&self, _: usize) -> bool {
-        false
+fn planes(c: &Circuit) -> String {
+    if c.planes.is_empty() {
+        return String::new();
     }
-
-    fn wants_heads(&self, layer: usize) -> bool {
-        self.selection.layers.contains(&layer)
+    let mut planes: Vec<(usize, &Plane)> = c.planes.iter().enumerate().collect();
+    planes.sort_by(|a, b| b.1.energy.total_cmp(&a.1.energy));
+    let mut text = format!(
+        "\nrotary planes, the {} of {} that carry most\n  plane  wavelength  energy\n",
+        planes.len().min(SHOWN_PLANES),
+        planes.len()
+    );
+    for (i, plane) in planes.iter().take(SHOWN_PLANES) {
+        let energy = 100.0 * plane.energy;
+        text += &format!("  {i:>5}  {:>10}  {energy:4.1} %\n", short(plane.wavelength));
     }
-
-    fn see_head(&self, seen: &SeenHead) {
-        if self.selection.heads.contains(&seen.head)
-            && let Ok(mut all) = self.seen.lock()
-        {
-            let rows = |rows: SeenRows| rows.iter().map(<[f32]>::to_vec).collect();
-            let (queries, values) = (rows(seen.queries), rows(seen.values));
-            all.push(Read { layer: seen.layer, head: seen.head, queries, values });
-        }
-    }
+    text
 }
 
-/// For every token of a text its pattern, `x W_QK`, as the tokens that a head looks for there (at its own
-/// position, where there is a rotation), and its message, `x W_OV`, as the tokens that it writes where
-/// the token is attended to.
-pub(super) fn patterns_and_messages(
-    session: &mut Session,
-    selection: &Selection,
-    tokens: &[u32],
-) -> Result<String> {
-    let reader = Reader { selection, seen: Mutex::default() };
-    session.feed_observed(tokens, 0..0, &reader)?;
-    let model = session.model().clone();
-    let mut seen = reader.seen.into_inner().unwrap_or_default();
-    seen.sort_by_key(|read| (read.layer, read.head));
+fn poles(tokenizer: &Tokenizer, direction: &Direction, [left, right]: [&str; 2]) -> String {
     let mut text = String::new();
-    for Read { layer, head, queries, values } in seen {
-        let g = &model.attention[layer].geometry;
-        let w = model.weights(layer);
-        let gain = &model.layers[layer].attn_norm.weight;
-        let (k_at, o_at) = (g.keys(head / g.per_kv()), g.outputs(head));
-        let pattern = |q: &Vec<f32>| -> Vec<f64> {
-            let mut sum = vec![0.0; w.k.n_in];
-            for (x, i) in q.iter().zip(k_at.clone()) {
-                let row = &w.k.data[i * w.k.n_in..(i + 1) * w.k.n_in];
-                sum.iter_mut().zip(row).for_each(|(s, k)| *s += f64::from(x * k));
-            }
-            sum.iter().zip(gain).map(|(s, g)| s * f64::from(*g)).collect()
-        };
-        let message = |v: &Vec<f32>| -> Vec<f64> {
-            let row =
-                |row: &[f32]| v.iter().zip(&row[o_at.clone()]).map(|(a, b)| f64::from(a * b)).sum();
-            w.o.data.chunks_exact(w.o.n_in).map(row).collect()
-        };
-        let patterns: Vec<_> = queries.iter().map(pattern).collect();
-        let messages: Vec<_> = values.iter().map(message).collect();
-        let n = selection.n_tokens;
-        let looks = matches(&model, Side::Embedding, &patterns, n, true);
-        let writes = matches(&model, Side::Output, &messages, n, true);
-        text += &format!("\nlayer {layer}, head {head}: token | looks for | writes\n");
-        for ((token, looks), writes) in tokens.iter().zip(&looks).zip(&writes) {
-            let own = pieces(&model, &[Match { token: *token, score: 0.0 }]);
-            text +=
-                &format!("  {own:14} | {} | {}\n", pieces(&model, looks), pieces(&model, writes));
+    for (sign, pole) in ["+", "-"].iter().zip(direction) {
+        for (name, found) in [(left, &pole.left), (right, &pole.right)] {
+            text += &format!("  {sign} {name:21}  {}\n", pieces(tokenizer, found));
         }
     }
-    Ok(text)
+    text
+}
+
+fn piece(tokenizer: &Tokenizer, token: u32) -> String {
+    format!("\"{}\"", escaped(&String::from_utf8_lossy(tokenizer.piece(token, true))))
+}
+
+fn pieces(tokenizer: &Tokenizer, found: &[Match]) -> String {
+    found.iter().map(|m| piece(tokenizer, m.token)).collect::<Vec<_>>().join(" ")
+}
+
+/// A row for each token.
+fn as_text(tokenizer: &Tokenizer, reading: &Reading, tokens: &[u32]) -> String {
+    let rows: Vec<[String; 3]> = (tokens.iter().zip(&reading.patterns).zip(&reading.messages))
+        .map(|((token, pattern), message)| {
+            [piece(tokenizer, *token), pieces(tokenizer, pattern), pieces(tokenizer, message)]
+        })
+        .collect();
+    let width = |i: usize, name: &str| {
+        let all = rows.iter().map(|row| row[i].chars().count());
+        all.max().unwrap_or(0).max(name.len())
+    };
+    let (own, looks) = (width(0, "token"), width(1, "looks for"));
+    let mut text = format!("\nlayer {}, head {}\n", reading.layer, reading.head);
+    text += &format!("  {:own$}  {:looks$}  writes\n", "token", "looks for");
+    for [token, pattern, message] in &rows {
+        text += &format!("  {token:own$}  {pattern:looks$}  {message}\n");
+    }
+    text
+}
+
+/// Writes the products of one head, and says what they would cost as a form.
+pub(super) fn write_dense(model: &Model, head: &str, out: &Path) -> Result<()> {
+    let write = match out.extension().and_then(|e| e.to_str()) {
+        Some("npz") => npz,
+        Some("safetensors") => safetensors,
+        _ => bad_usage!("--out {}: allowed .npz, .safetensors", out.display()),
+    };
+    let number = |text: &str| text.parse::<usize>().ok();
+    let pair = head.split_once('.').map(|(layer, head)| (number(layer), number(head)));
+    let Some((Some(layer), Some(head))) = pair else {
+        bad_usage!("--dense {head}: allowed LAYER.HEAD, such as 0.1");
+    };
+    let d = model.hparams.n_embd;
+    let [qk, ov] = dense_products(model, layer, head)?;
+    let array = |name: &str, data: Vec<f32>| Array {
+        name: format!("blocks.{layer}.attn.{name}.{head}"),
+        shape: vec![d, d],
+        data,
+    };
+    let arrays = [array("W_QK", qk), array("W_OV", ov)];
+    let bytes = write(&arrays)?;
+    replace_file(out, |sink| sink(&bytes))?;
+    arrays.iter().for_each(|array| note(&format!("{} {:?}", array.name, array.shape)));
+    print(cost(model, (layer, head)).as_bytes())
+}
+
+/// What products that are multiplied out would cost as a form, beside their factors.
+fn cost(model: &Model, (layer, head): (usize, usize)) -> String {
+    let d = model.hparams.n_embd;
+    let g = &model.attention[layer].geometry;
+    let kv = &g.kv[head / g.per_kv()];
+    // Every element is multiplied and added once for a token.
+    let row = |name: &str, n: usize| {
+        let (megabytes, flops) = (4e-6 * n as f64, 2e-6 * n as f64);
+        format!("{name:14} {n:>11} {megabytes:>11.3} {flops:>17.3}\n")
+    };
+    let (wide, thin) = (2 * d * d, 2 * d * (kv.score_dim + kv.value_dim));
+    format!(
+        "{:14} {:>11} {:>11} {:>17}\n{}{}as a form: {:.1} times as much to read and compute for \
+         every token, for the same result\n",
+        "",
+        "elements",
+        "MB in f32",
+        "Mflop for a token",
+        row("W_QK and W_OV", wide),
+        row("their factors", thin),
+        wide as f64 / thin as f64
+    )
 }

@@ -3,23 +3,16 @@
 use clap::Args;
 use serde_json::{Map, Value as Json, json};
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
 use super::Run;
-use super::circuits::{self, MAX_TEXT, Selection, patterns_and_messages, select};
+use super::circuits::{Heads, write_dense};
 use super::options::ModelArgs;
 use super::terminal::{note, print, print_json};
 use crate::arch::Hparams;
 use crate::attention::Attention;
-use crate::bad_usage;
 use crate::error::{Result, escaped};
-use crate::gguf::{self, Gguf, Value, replace_file};
-use crate::measure::circuits::dense_products;
-use crate::measure::export::{Array, npz, safetensors};
+use crate::gguf::{self, Gguf, Value};
 use crate::model::Model;
-use crate::plan::{Plan, range};
-use crate::session::{Options, Session};
+use crate::plan::Plan;
 
 #[derive(Args)]
 pub(super) struct Inspect {
@@ -34,27 +27,8 @@ pub(super) struct Inspect {
     /// Prints the chat template and nothing else
     #[arg(long, conflicts_with_all = ["json", "tensors"])]
     template: bool,
-    /// Shows what is inside the heads: what the products W_QK and W_OV of their weights are like
-    #[arg(long, conflicts_with_all = ["tensors", "template"])]
-    heads: bool,
-    /// Of --heads, these layers: *, a number, or two with - between them
-    #[arg(long, value_name = "LAYERS", default_value = "*", requires = "heads")]
-    layer: String,
-    /// Of these layers, these heads; with one layer or head, spectra and directions are shown too
-    #[arg(long, value_name = "HEADS", default_value = "*", requires = "heads")]
-    head: String,
-    /// Tokens that are shown for a direction
-    #[arg(long, value_name = "N", default_value_t = 6, requires = "heads")]
-    top: usize,
-    /// Shows what these heads look for at every token of a text, and what they write
-    #[arg(long, value_name = "TEXT", requires = "heads", conflicts_with = "json")]
-    text: Option<String>,
-    /// Writes W_QK and W_OV of one head, LAYER.HEAD, as they are multiplied out, to --out
-    #[arg(long, value_name = "LAYER.HEAD", requires = "out", conflicts_with_all = ["json", "tensors", "template", "heads"])]
-    dense: Option<String>,
-    /// File for --dense, .npz or .safetensors
-    #[arg(short, long, value_name = "FILE", requires = "dense")]
-    out: Option<PathBuf>,
+    #[command(flatten)]
+    heads: Heads,
 }
 
 /// Elements of an array that the text shows.
@@ -73,11 +47,11 @@ impl Run for Inspect {
             let template = gguf.str("tokenizer.chat_template").map_err(|e| self.model.at(e))?;
             return print(template.unwrap_or_default().as_bytes());
         }
-        if let (Some(head), Some(out)) = (&self.dense, &self.out) {
-            return dense(&Model::from_gguf(gguf).map_err(|e| self.model.at(e))?, head, out);
+        if let (Some(head), Some(out)) = (&self.heads.dense, &self.heads.out) {
+            return write_dense(&self.open(gguf)?, head, out);
         }
-        if self.heads {
-            return self.show_heads(Model::from_gguf(gguf).map_err(|e| self.model.at(e))?);
+        if self.heads.heads {
+            return self.heads.show(&self.model, self.open(gguf)?, self.json);
         }
         match self.json {
             true => print_json(&self.as_json(&gguf)),
@@ -87,31 +61,8 @@ impl Run for Inspect {
 }
 
 impl Inspect {
-    fn show_heads(&self, model: Model) -> Result<()> {
-        let layers = range("layer", &self.layer, model.layers.len())?;
-        let n_head = model.hparams.layers[layers.clone()].iter().map(|l| l.n_head).min();
-        let heads = range("head", &self.head, n_head.unwrap_or(1))?;
-        let details = layers.len() == 1 || heads.len() == 1 || self.json;
-        let selection = Selection { layers, heads, n_tokens: self.top, details };
-        if let Some(text) = &self.text {
-            let tokens = model.tokenizer.encode(text, true, false)?;
-            if tokens.is_empty() || tokens.len() > MAX_TEXT {
-                bad_usage!("--text: {} tokens; allowed 1 to {MAX_TEXT}", tokens.len());
-            }
-            let options = Options { n_ctx: Some(tokens.len()), ..Options::default() };
-            let mut session = Session::new(Arc::new(model), &options)?;
-            let text = patterns_and_messages(&mut session, &selection, &tokens)?;
-            return print(text.as_bytes());
-        }
-        let shown = select(&model, &selection)?;
-        if self.json {
-            return print_json(&circuits::as_json(&model, &shown));
-        }
-        print(circuits::table(&shown).as_bytes())?;
-        match selection.details {
-            true => print(circuits::details(&model, &shown).as_bytes()),
-            false => print(b"\n--layer and --head show spectra and directions of some\n"),
-        }
+    fn open(&self, gguf: Gguf) -> Result<Model> {
+        Model::from_gguf(gguf).map_err(|e| self.model.at(e))
     }
 
     fn as_json(&self, gguf: &Gguf) -> Json {
@@ -200,42 +151,6 @@ fn layers(gguf: &Gguf) -> Result<Vec<Map<String, Json>>> {
         value.as_object().cloned().unwrap_or_default()
     });
     Ok(layers.collect())
-}
-
-/// Writes the products of one head, and says what they would cost as a form.
-fn dense(model: &Model, head: &str, out: &Path) -> Result<()> {
-    let write = match out.extension().and_then(|e| e.to_str()) {
-        Some("npz") => npz,
-        Some("safetensors") => safetensors,
-        _ => bad_usage!("--out {}: allowed .npz, .safetensors", out.display()),
-    };
-    let (layer, head) = head.split_once('.').unwrap_or((head, ""));
-    let layer = range("layer", layer, model.layers.len())?;
-    let head = range("head", head, model.hparams.layers[layer.start].n_head)?;
-    if layer.len() > 1 || head.len() > 1 {
-        bad_usage!("--dense: one head, such as 0.1");
-    }
-    let d = model.hparams.n_embd;
-    let [qk, ov] = dense_products(model, layer.start, head.start)?;
-    let array = |name: &str, data: Vec<f32>| Array {
-        name: format!("blocks.{}.attn.{name}.{}", layer.start, head.start),
-        shape: vec![d, d],
-        data,
-    };
-    let bytes = write(&[array("W_QK", qk), array("W_OV", ov)])?;
-    replace_file(out, |sink| sink(&bytes))?;
-    let g = &model.attention[layer.start].geometry;
-    let at = &g.kv[head.start / g.per_kv()];
-    let thin = 2 * d * (at.score_dim + at.value_dim);
-    let text = format!(
-        "W_QK and W_OV: {} elements; their factors: {thin}. As a form they would read {:.1} times as \
-         much for every token, for the same result.\n",
-        2 * d * d,
-        (2 * d * d) as f64 / thin as f64
-    );
-    print(text.as_bytes())?;
-    note(&format!("written: {}", out.display()));
-    Ok(())
 }
 
 /// A number that all heads have, or that of each.

@@ -15,6 +15,8 @@ use crate::session::Session;
 
 static PAGE: &str = include_str!("report.html");
 static STYLE: &str = include_str!("report.css");
+/// What scripts of all pages share.
+static SHARED: &str = include_str!("page.js");
 static SCRIPT: &str = include_str!("report.js");
 
 static YARDSTICK_CAPTION: &str = "<figcaption>The same weights, all matrices rounded to each format, \
@@ -95,7 +97,7 @@ fn pattern(name: &str, records: &[Record], n: usize) -> (Pattern, usize) {
 }
 
 /// Text for HTML.
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
         match c {
@@ -110,10 +112,38 @@ fn escaped(text: &str) -> String {
 }
 
 /// JSON that can stand in a script element: nothing in it ends the element.
-fn embedded(value: &Value) -> Result<String> {
+pub(super) fn embedded(value: &Value) -> Result<String> {
     let text = serde_json::to_string(value);
     let text = text.map_err(|e| Error::Runtime(format!("cannot write JSON: {e}")))?;
     Ok(text.replace('<', "\\u003c").replace('\u{2028}', "\\u2028").replace('\u{2029}', "\\u2029"))
+}
+
+/// A page with its parts, `{{name}}`, in place; style and the shared script are the same in all.
+pub(super) fn fill(page: &str, part: impl Fn(&str) -> Result<String>) -> Result<String> {
+    // One pass, so that nothing is replaced within what was put in.
+    let mut out = String::new();
+    let mut rest = page;
+    while let Some((before, after)) = rest.split_once("{{") {
+        let Some((name, after)) = after.split_once("}}") else { break };
+        out += before;
+        match name {
+            "style" => out += STYLE,
+            "shared" => out += SHARED,
+            name => out += &part(name)?,
+        }
+        rest = after;
+    }
+    Ok(out + rest)
+}
+
+/// Names and what is said of them, as a list of definitions.
+pub(super) fn definitions(facts: &[(&str, String)]) -> String {
+    facts.iter().map(|(name, fact)| format!("<dt>{name}</dt><dd>{}</dd>", escaped(fact))).collect()
+}
+
+/// Sentences as items.
+pub(super) fn items(sentences: &[String]) -> String {
+    sentences.iter().map(|s| format!("<li>{}</li>", escaped(s))).collect()
 }
 
 impl Document {
@@ -143,39 +173,25 @@ impl Document {
             ("Cache", format!("{} keys, {} values", s.type_k, s.type_v)),
             ("Revision", s.build_commit.clone()),
         ];
-        let facts: Vec<String> = facts
-            .iter()
-            .map(|(name, fact)| format!("<dt>{name}</dt><dd>{}</dd>", escaped(fact)))
-            .collect();
-        let findings: Vec<String> =
-            self.findings().iter().map(|f| format!("<li>{}</li>", escaped(f))).collect();
         let bars = charts::yardsticks(self, 480)?.map(|svg| svg + YARDSTICK_CAPTION);
         let data = json!({
             "variants": self.records(),
             "patterns": patterns,
             "histograms": self.histograms()?,
         });
-        // One pass, so that nothing is replaced within what was put in.
-        let mut out = String::new();
-        let mut rest = PAGE;
-        while let Some((before, after)) = rest.split_once("{{") {
-            let Some((name, after)) = after.split_once("}}") else { break };
-            out += before;
-            match name {
-                "style" => out += STYLE,
-                "script" => out += SCRIPT,
-                "title" => out += &escaped(&s.model_filename),
-                "facts" => out += &facts.concat(),
-                "findings" => out += &findings.concat(),
-                "scatter-wide" => out += &charts::scatter(self, (900, 520))?,
-                "scatter-narrow" => out += &charts::scatter(self, (400, 460))?,
-                "yardsticks" => out += bars.as_deref().unwrap_or("<p>Nothing was rounded.</p>"),
-                "data" => out += &embedded(&data)?,
-                _ => {}
-            }
-            rest = after;
-        }
-        Ok(out + rest)
+        fill(PAGE, |name| {
+            Ok(match name {
+                "script" => SCRIPT.into(),
+                "title" => escaped(&s.model_filename),
+                "facts" => definitions(&facts),
+                "findings" => items(&self.findings()),
+                "scatter-wide" => charts::scatter(self, (900, 520))?,
+                "scatter-narrow" => charts::scatter(self, (400, 460))?,
+                "yardsticks" => bars.clone().unwrap_or("<p>Nothing was rounded.</p>".into()),
+                "data" => embedded(&data)?,
+                _ => String::new(),
+            })
+        })
     }
 
     fn histograms(&self) -> Result<Value> {

@@ -1,6 +1,7 @@
-//! Reports of comparisons: files that runs go on from, tables, JSON, CSV and HTML.
+//! Reports of comparisons: files that runs go on from, tables, JSON, CSV and HTML; and pages of heads.
 
 mod charts;
+mod heads;
 mod html;
 mod table;
 
@@ -15,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::gguf::replace_file;
 use crate::measure::compare::{Role, Settings, Variant, pareto_ranks};
 
+pub use heads::write_heads;
 pub use html::{MAX_TOKENS, Pattern, Patterns, patterns};
 
 /// What was measured, as files hold it.
