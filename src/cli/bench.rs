@@ -12,6 +12,7 @@ use super::terminal::{note, print, print_json, progress};
 use crate::bad_usage;
 use crate::cpu::{Limits, Threads};
 use crate::error::Result;
+use crate::gguf::Gguf;
 use crate::measure::latency::{Latency, Test, mean_and_deviation, measure, median, percentile};
 use crate::measure::shape;
 use crate::model::Model;
@@ -20,7 +21,7 @@ use crate::session::Session;
 #[derive(Args)]
 pub(super) struct Bench {
     #[command(flatten)]
-    run: RunArgs,
+    pub(super) run: RunArgs,
     /// Times a synthetic model of this published shape instead of a file
     #[arg(long, value_name = "NAME", conflicts_with = "model", value_parser = clap::builder::PossibleValuesParser::new(shape::SHAPES.iter().map(|s| s.name)))]
     shape: Option<String>,
@@ -29,7 +30,7 @@ pub(super) struct Bench {
     mixture: String,
     /// Tokens of the prompt; several tests with commas, 0 for none
     #[arg(short = 'p', long, value_name = "N", value_delimiter = ',', default_value = "512")]
-    n_prompt: Vec<usize>,
+    pub(super) n_prompt: Vec<usize>,
     /// Tokens to generate; several tests with commas, 0 for none
     #[arg(short = 'n', long, value_name = "N", value_delimiter = ',', default_value = "128")]
     n_gen: Vec<usize>,
@@ -38,23 +39,27 @@ pub(super) struct Bench {
     both: Vec<(usize, usize)>,
     /// Tokens in the cache before each test; several with commas
     #[arg(short = 'd', long, value_name = "N", value_delimiter = ',', default_value = "0")]
-    n_depth: Vec<usize>,
+    pub(super) n_depth: Vec<usize>,
     /// Repetitions of each test, after a warm-up
     #[arg(short, long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
+    /// Times forms of attention instead, beside what is predicted of them: those of --form, or without
+    /// it all that can be had without a text. Their caches are full of zeros
+    #[arg(long, conflicts_with_all = ["both", "cold", "mask", "plan", "n_gen"])]
+    forms: bool,
     /// Also times a start from disk: has the system forget the file first (Linux)
     #[arg(long, conflicts_with = "shape")]
     cold: bool,
     /// Form of the output
     #[arg(short, long, value_name = "FORM", default_value = "md")]
-    output: Form,
+    pub(super) output: Form,
     /// The same as --output json
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Form {
+pub(super) enum Form {
     Md,
     Json,
     Csv,
@@ -70,6 +75,9 @@ impl Run for Bench {
     const ABOUT: &'static str = "Time prompts and generation, against the limits of the machine";
 
     fn run(self) -> Result<()> {
+        if self.forms {
+            return self.forms();
+        }
         let tests = self.tests()?;
         let counts = self.run.threads();
         let most = |of: fn(&Threads) -> usize| counts.iter().map(of).max().unwrap_or(1);
@@ -149,12 +157,21 @@ impl Bench {
     }
 
     fn open(&self) -> Result<Arc<Model>> {
-        let Some(name) = &self.shape else { return self.run.open() };
-        let gguf = shape::synthetic(shape::find(name)?, &self.mixture)?;
-        self.run.planned(self.run.formed(Model::from_gguf(gguf)?)?)
+        match self.shape {
+            None => self.run.open(),
+            Some(_) => self.run.planned(self.run.formed(Model::from_gguf(self.gguf()?)?)?),
+        }
     }
 
-    fn name(&self) -> String {
+    /// The file, or what stands for it.
+    pub(super) fn gguf(&self) -> Result<Gguf> {
+        match &self.shape {
+            Some(name) => shape::synthetic(shape::find(name)?, &self.mixture),
+            None => self.run.model.gguf(),
+        }
+    }
+
+    pub(super) fn name(&self) -> String {
         let synthetic = self.shape.as_ref().map(|s| format!("{s} {} (synthetic)", self.mixture));
         synthetic.unwrap_or_else(|| self.run.model.name())
     }
@@ -269,7 +286,7 @@ fn peak_rss() -> Option<f64> {
 }
 
 /// One line per row; lists are in one field, separated by spaces.
-fn csv(rows: &[Value]) -> String {
+pub(super) fn csv(rows: &[Value]) -> String {
     let field = |value: &Value| match value {
         Value::Null => String::new(),
         Value::String(text) => format!("\"{}\"", text.replace('"', "\"\"")),

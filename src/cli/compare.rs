@@ -9,6 +9,7 @@ use super::options::RunArgs;
 use super::terminal::{note, print, print_json, progress, text_or_sample};
 use crate::bad_usage;
 use crate::error::Result;
+use crate::measure::choose;
 use crate::measure::compare::{
     Comparison, Job, Role, Settings, Variant, plan_named, plans, shard, text_hash,
 };
@@ -204,6 +205,7 @@ impl Compare {
         if self.all_norms {
             norms.extend(normalizer::kinds().iter().map(|kind| kind.name.to_string()));
         }
+        choose::refuse(&self.run.form)?;
         let mut jobs = plans(model, (&norms, &self.run.form, &self.run.mask))?;
         if self.calibrate {
             let fitted = |job: &Job| match job {

@@ -4,8 +4,9 @@ use clap::Args;
 use serde_json::json;
 
 use super::Run;
-use super::list::{Item, params_json, show};
+use super::list::{Item, line, params_json, show};
 use crate::error::Result;
+use crate::measure::choose::PARAMS;
 use crate::merge::{FORMS, Form};
 
 #[derive(Args)]
@@ -32,6 +33,10 @@ impl Run for Forms {
                 "params": params_json(form.params().iter()),
             }),
         };
-        show(FORMS.iter().map(item).collect(), self.json, "")
+        let auto = PARAMS.iter().map(line).collect::<String>();
+        let auto = format!(
+            "auto, in place of a form: the one that takes least time on this machine, if it surely does\n{auto}"
+        );
+        show(FORMS.iter().map(item).collect(), self.json, &auto)
     }
 }

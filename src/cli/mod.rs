@@ -1,6 +1,7 @@
 //! The command line: one file per command, one line in the table.
 
 mod bench;
+mod bench_forms;
 mod calibrate;
 mod chat;
 mod circuits;

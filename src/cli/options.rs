@@ -12,8 +12,10 @@ use crate::cpu::threads::default_threads;
 use crate::cpu::{CacheType, Threads};
 use crate::error::{Error, Result};
 use crate::gguf::{Bytes, Gguf, evict};
+use crate::measure::choose::{self, Auto, Candidate};
 use crate::measure::forms;
 use crate::measure::quality::Windows;
+use crate::merge;
 use crate::model::{Model, NewLayer};
 use crate::plan::{Plan, PlanFile};
 use crate::session::{Options, Session};
@@ -77,6 +79,14 @@ impl ModelArgs {
     }
 }
 
+/// A model that nobody else holds.
+fn sole(model: Arc<Model>) -> Result<Model> {
+    match Arc::into_inner(model) {
+        Some(model) => Ok(model),
+        None => bad_usage!("--form: the model is in use elsewhere"),
+    }
+}
+
 #[derive(Args)]
 pub(super) struct RunArgs {
     #[command(flatten)]
@@ -110,7 +120,7 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "PLAN")]
     pub(super) mask: Vec<String>,
     /// Form of attention instead of split: NAME[:key=value,..] for all layers, or by layers, as --mask;
-    /// see `forms`. Given again, as --norm
+    /// see `forms`. Given again, as --norm. `auto`: the one that takes least time here
     #[arg(long, value_name = "PLAN")]
     pub(super) form: Vec<String>,
     /// Text that data-aware forms are made with [default: pages of public-domain books, built in]
@@ -160,6 +170,11 @@ impl RunArgs {
 
     /// A model in the forms that were asked for.
     pub(super) fn formed(&self, model: Model) -> Result<Model> {
+        if let [text] = &self.form[..]
+            && let Some(auto) = Auto::parse(text)?
+        {
+            return self.chosen(model, auto);
+        }
         let plan = self.form_plan(&model)?;
         if plan.other_forms(&model.plan).is_empty() {
             return Ok(model);
@@ -168,15 +183,59 @@ impl RunArgs {
         Model::from_gguf(model.rewritten(&layers, None)?)
     }
 
-    /// The forms, and the normalizers they are to go with, that were asked for.
-    pub(super) fn form_plan(&self, model: &Model) -> Result<Plan> {
+    /// A model in the form that takes least here.
+    fn chosen(&self, mut model: Model, auto: Auto) -> Result<Model> {
+        let base = self.normalized(&model)?;
+        model.set_plan(base.clone());
+        let n_ctx = auto.n_ctx(&model);
+        let mut session = self.quiet_session(Arc::new(model), n_ctx)?;
+        let (parts, mut found) = auto.time(&mut session)?;
+        let mut model = sole(session.into_model())?;
+        let mut made = None;
+        if let (true, Ok(timing)) = (auto.kl > 0.0, found[0].timing.clone()) {
+            let mut plan = base.clone();
+            let form = merge::Choice::parse(&format!("lowrank:kl={}", auto.kl))?;
+            plan.layers.iter_mut().for_each(|layer| layer.form = form.clone());
+            found.push(match forms::check(&model, &plan) {
+                Ok(()) => {
+                    let (same, layers) = self.new_layers(model, plan)?;
+                    model = same;
+                    let at = (&model, self.cache_types());
+                    let candidate = Candidate::rewritten(at, &layers, (&parts, &timing))?;
+                    made = Some((candidate.form.clone(), layers));
+                    candidate
+                }
+                Err(e) => Candidate::refused(&base, &form, e.to_string()),
+            });
+        }
+        note(&auto.table(&found));
+        let Some(best) = auto.best(&found) else { return Ok(model) };
+        let layers = match made.filter(|(form, _)| *form == best.form) {
+            Some((_, layers)) => layers,
+            None if best.plan.other_forms(&base).is_empty() => return Ok(model),
+            None => forms::new_layers(&model, &best.plan, &[])?,
+        };
+        Model::from_gguf(model.rewritten(&layers, None)?)
+    }
+
+    /// A model's plan with the normalizers that were asked for.
+    fn normalized(&self, model: &Model) -> Result<Plan> {
         let mut plan = model.plan.clone();
         if let Some(file) = self.plan_file()? {
-            file.form.iter().try_for_each(|text| plan.set_forms(text))?;
             file.norm.iter().try_for_each(|text| plan.set_normalizers(text))?;
         }
-        self.form.iter().try_for_each(|text| plan.set_forms(text))?;
         self.norm.iter().try_for_each(|text| plan.set_normalizers(text))?;
+        Ok(plan)
+    }
+
+    /// The forms, and the normalizers they are to go with, that were asked for.
+    pub(super) fn form_plan(&self, model: &Model) -> Result<Plan> {
+        choose::refuse(&self.form)?;
+        let mut plan = self.normalized(model)?;
+        if let Some(file) = self.plan_file()? {
+            file.form.iter().try_for_each(|text| plan.set_forms(text))?;
+        }
+        self.form.iter().try_for_each(|text| plan.set_forms(text))?;
         forms::check(model, &plan)?;
         Ok(plan)
     }
@@ -204,10 +263,7 @@ impl RunArgs {
         }
         drop(session);
         let layers = forms::new_layers(&model, &plan, &grams)?;
-        match Arc::into_inner(model) {
-            Some(model) => Ok((model, layers)),
-            None => bad_usage!("--form: the model is in use elsewhere"),
-        }
+        Ok((sole(model)?, layers))
     }
 
     /// Sequences of tokens that forms are made with, and what follows them to judge forms.
@@ -296,7 +352,12 @@ impl RunArgs {
     /// A session of the model in an open file, as it was trained. Of warnings nothing is said.
     pub(super) fn trained_session(&self, gguf: Gguf, n_ctx: usize) -> Result<Session> {
         let model = Model::from_gguf(gguf).map_err(|e| self.model.at(e))?;
-        Session::new(Arc::new(model), &self.options(Some(n_ctx), self.one_threads()?)?)
+        self.quiet_session(Arc::new(model), n_ctx)
+    }
+
+    /// An empty session; of warnings nothing is said.
+    pub(super) fn quiet_session(&self, model: Arc<Model>, n_ctx: usize) -> Result<Session> {
+        Session::new(model, &self.options(Some(n_ctx), self.one_threads()?)?)
     }
 
     fn one_threads(&self) -> Result<Threads> {

@@ -209,6 +209,16 @@ impl KvCache {
         (self.keys, self.values)
     }
 
+    /// Writes zeros to all of its memory, which is then taken.
+    pub(crate) fn clear(&mut self) {
+        for layer in &mut self.layers {
+            layer.keys.fill(0);
+            layer.values.fill(0);
+        }
+        self.angles.fill([0.0; LANES]);
+        self.rebuilt.iter_mut().for_each(|cache| cache.clear());
+    }
+
     /// The copies of queries that keys are multiplied with.
     pub(super) fn key_copies(&self) -> Copies {
         Copies::of(self.keys.layout(true))

@@ -2,6 +2,7 @@
 
 mod base;
 pub mod calibrate;
+pub mod choose;
 pub mod circuits;
 pub mod compare;
 mod divergence;
@@ -17,6 +18,7 @@ pub mod retrieval;
 pub mod search;
 pub mod shape;
 pub mod sweep;
+pub mod timing;
 pub mod yardstick;
 
 /// Text to measure and to fit with unless there is another: pages of 16 public-domain books.

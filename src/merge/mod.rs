@@ -6,15 +6,18 @@
 //! thing is cached ([`Geometry`]), or both.
 
 mod absorb;
+mod cost;
 mod lowrank;
 mod slim;
 mod split;
 
-use faer::Mat;
-
 use std::ops::Range;
 
+use faer::Mat;
+
 pub use crate::arch::KvHead;
+pub use cost::Cost;
+
 use crate::arch::{Hparams, LayerHparams};
 use crate::bad_usage;
 use crate::error::Result;

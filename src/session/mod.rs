@@ -105,6 +105,11 @@ impl Session {
         &self.model
     }
 
+    /// The model, without the session.
+    pub fn into_model(self) -> Arc<Model> {
+        self.model
+    }
+
     /// Tokens that fit.
     pub fn n_ctx(&self) -> usize {
         self.cache.n_ctx()
@@ -167,6 +172,16 @@ impl Session {
                 return Err(e);
             }
         }
+        Ok(())
+    }
+
+    /// Forgets all tokens and acts as if `n` others had been read, with zeros for everything that is
+    /// cached of them: for times, which do not depend on what that is.
+    pub fn pretend(&mut self, n: usize) -> Result<()> {
+        self.check_room(n)?;
+        self.rewind(0);
+        self.cache.clear();
+        self.tokens.resize(n, 0);
         Ok(())
     }
 

@@ -1,0 +1,165 @@
+//! `qkov bench --forms`: what forms take, as predicted and as measured.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::bench::{Bench, Form, csv};
+use super::terminal::{print, print_json, progress};
+use crate::bad_usage;
+use crate::error::{Error, Result};
+use crate::measure::choose::wherever;
+use crate::measure::timing::{N_PROBE, Parts, Timing, shapes, total};
+use crate::merge::{Choice, FORMS};
+use crate::model::Model;
+use crate::session::Session;
+
+/// A form at a depth.
+struct Row {
+    form: String,
+    n_prompt: usize,
+    n_depth: usize,
+    weights: usize,
+    cache_bytes: f64,
+    prompt: Pace,
+    token: Pace,
+}
+
+/// Tokens per second of a form, what that is of the model as it is, and what it was to be of it.
+#[derive(Clone, Copy)]
+struct Pace {
+    rate: f64,
+    ratio: f64,
+    predicted: f64,
+}
+
+/// A model in a form, or why it cannot be.
+type Made = std::result::Result<Session, String>;
+
+impl Bench {
+    pub(super) fn forms(&self) -> Result<()> {
+        let &[n_prompt] = &self.n_prompt[..] else {
+            bad_usage!("--forms: one length of a prompt");
+        };
+        let n_prompt = n_prompt.max(1);
+        let deepest = self.n_depth.iter().max().copied().unwrap_or(0);
+        let n_ctx = deepest.max(N_PROBE) + n_prompt + 8;
+        let mut base = self.session(Model::from_gguf(self.gguf()?)?, n_ctx)?;
+        let forms = self.choices()?;
+        let bar = progress(self.n_depth.len() * (1 + forms.len()), "times");
+        let mut known = Vec::new();
+        for n_depth in &self.n_depth {
+            let timing = Timing::measure(&mut [&mut base], n_prompt, *n_depth)?[0];
+            known.push((*n_depth, timing, Parts::of(&base, *n_depth)));
+            bar.inc(1);
+        }
+        let (mut rows, mut refused) = (Vec::new(), String::new());
+        for choice in &forms {
+            let mut session = match self.made(choice, n_ctx)? {
+                Ok(session) => session,
+                Err(reason) => {
+                    refused += &format!("{}: {reason}\n", choice.text());
+                    continue;
+                }
+            };
+            for (n_depth, timing, parts) in &known {
+                let predicted = match choice.form().rewrites() {
+                    true => timing.scaled(parts, total(base.model(), shapes(session.model()))),
+                    false => Timing::measure(&mut [&mut session], n_prompt, N_PROBE)?[0],
+                };
+                let pair = &mut [&mut base, &mut session];
+                let measured = Timing::measure(pair, n_prompt, *n_depth)?;
+                let pace = |seconds: &dyn Fn(&Timing) -> f64| Pace {
+                    rate: 1.0 / seconds(&measured[1]),
+                    ratio: seconds(&measured[0]) / seconds(&measured[1]),
+                    predicted: seconds(timing) / seconds(&predicted),
+                };
+                rows.push(Row {
+                    form: session.model().plan.names()[1].clone(),
+                    n_prompt,
+                    n_depth: *n_depth,
+                    weights: total(base.model(), shapes(session.model())).weights,
+                    cache_bytes: session.cache_bytes() as f64 / session.n_ctx() as f64,
+                    prompt: pace(&|t| t.together(n_prompt, *n_depth)),
+                    token: pace(&|t| t.alone(*n_depth)),
+                });
+                bar.inc(1);
+            }
+        }
+        bar.finish_and_clear();
+        let as_json = || rows.iter().map(|row| self.json_row(row)).collect::<Vec<_>>();
+        match self.output {
+            _ if self.json => print_json(&as_json()),
+            Form::Json => print_json(&as_json()),
+            Form::Csv => print(csv(&as_json()).as_bytes()),
+            Form::Md => print((markdown(&rows) + &refused).as_bytes()),
+        }
+    }
+
+    /// Those that were asked for; without any, all that need no text.
+    fn choices(&self) -> Result<Vec<Choice>> {
+        if !self.run.form.is_empty() {
+            return self.run.form.iter().map(|text| Choice::parse(text)).collect();
+        }
+        let exact = FORMS.iter().filter(|f| !f.rewrites() && f.name() != "split");
+        let all = exact.map(|f| Choice::of(*f)).chain([
+            Choice::parse("lowrank:ratio=0.75,data=no")?,
+            Choice::parse("lowrank:ratio=0.5,data=no")?,
+        ]);
+        Ok(all.collect())
+    }
+
+    fn session(&self, mut model: Model, n_ctx: usize) -> Result<Session> {
+        self.run.norm.iter().try_for_each(|text| model.set_normalizers(text))?;
+        let n_ctx = if model.hparams.learned_positions {
+            n_ctx.min(model.hparams.n_ctx_train)
+        } else {
+            n_ctx
+        };
+        self.run.quiet_session(Arc::new(model), n_ctx)
+    }
+
+    /// A model in a form, in every layer that can have it.
+    fn made(&self, choice: &Choice, n_ctx: usize) -> Result<Made> {
+        let mut model = Model::from_gguf(self.gguf()?)?;
+        self.run.norm.iter().try_for_each(|text| model.set_normalizers(text))?;
+        let plan = match wherever(&model, &model.plan, choice) {
+            Ok(plan) => plan,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let (model, layers) = self.run.new_layers(model, plan)?;
+        let model = Model::from_gguf(model.rewritten(&layers, None)?)?;
+        match self.session(model, n_ctx) {
+            Ok(session) => Ok(Ok(session)),
+            // What only shows in the weights.
+            Err(Error::Usage(reason)) => Ok(Err(reason)),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn json_row(&self, row: &Row) -> Value {
+        let [prompt, token] = [row.prompt, row.token]
+            .map(|p| json!({"ts": p.rate, "ratio": p.ratio, "predicted_ratio": p.predicted}));
+        json!({
+            "build_commit": env!("QKOV_REVISION"), "model_filename": self.name(), "form": row.form,
+            "n_prompt": row.n_prompt, "n_depth": row.n_depth, "attn_weights": row.weights,
+            "cache_bytes_per_token": row.cache_bytes, "prefill": prompt, "decode": token,
+        })
+    }
+}
+
+fn markdown(rows: &[Row]) -> String {
+    let mut text = String::from(
+        "| form | depth | cache B/token | prompt t/s | of split | predicted | token t/s | of split | predicted |\n\
+         | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+    );
+    for row in rows {
+        let side = |p: Pace| format!("{:.1} | {:.3} | {:.3}", p.rate, p.ratio, p.predicted);
+        let (prompt, token) = (side(row.prompt), side(row.token));
+        text += &format!(
+            "| {} | {} | {:.0} | {prompt} | {token} |\n",
+            row.form, row.n_depth, row.cache_bytes
+        );
+    }
+    text
+}
