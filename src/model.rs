@@ -348,16 +348,23 @@ impl Binder<'_> {
         Ok(Linear { weight, bias: self.bias(name, n_out, bias)? })
     }
 
+    /// What a matrix of attention has by the architecture's rule: forms may have given it a bias.
+    fn attention_bias(&self, rule: Bias) -> Result<Bias> {
+        let is_formed = self.gguf.str(rewritten::FORM)?.is_some();
+        Ok(if is_formed && rule == Bias::Never { Bias::Optional } else { rule })
+    }
+
     /// Queries, keys and values, cut out of `attn_qkv` where the model fuses them.
     fn qkv(&mut self, blk: &str, widths: [usize; 3], hp: &Hparams) -> Result<[Linear; 3]> {
         let e = hp.n_embd;
+        let bias = self.attention_bias(hp.qkv_bias)?;
         if !hp.fused_qkv {
-            let mut one = |name: &str, n| self.linear(&format!("{blk}.{name}"), e, n, hp.qkv_bias);
+            let mut one = |name: &str, n| self.linear(&format!("{blk}.{name}"), e, n, bias);
             let [q, k, v] = widths;
             return Ok([one("attn_q", q)?, one("attn_k", k)?, one("attn_v", v)?]);
         }
         let name = format!("{blk}.attn_qkv");
-        let all = self.linear(&name, e, widths.iter().sum(), hp.qkv_bias)?;
+        let all = self.linear(&name, e, widths.iter().sum(), bias)?;
         let mut start = 0;
         let mut next = |n: usize| -> Result<Linear> {
             let Some(weight) = all.weight.rows(start, n) else {
@@ -376,10 +383,7 @@ impl Binder<'_> {
         let g = Geometry::new(layer.n_head, hp.kv_heads(layer));
         let blk = format!("blk.{i}");
         let at = |name: &str| format!("{blk}.{name}");
-        let output_bias = match layer.rewritten {
-            Some(_) => Bias::Optional,
-            None => hp.attn_output_bias,
-        };
+        let output_bias = self.attention_bias(hp.attn_output_bias)?;
         // Norms of heads need what a form leaves out of the cache.
         let [q, k] = match hp.qk_norm {
             true => [layer.n_head * dk, layer.n_head_kv * dk],

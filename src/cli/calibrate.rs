@@ -117,7 +117,9 @@ impl Run for Calibrate {
         let fits = self.fit(&mut session, &texts, &wanted, &hash)?;
         let mut plan = trained.with_masks_of(&wanted);
         apply(&mut plan, &fits);
-        let file = PlanFile::of(&plan, &trained, &hash).text()?;
+        // The model is to be opened with the forms that this one has been given.
+        let in_file = self.run.model.open()?.trained;
+        let file = PlanFile::of(&plan, &in_file, &hash).text()?;
         replace_file(&self.out, |out| out(file.as_bytes()))?;
         print(table(&fits).as_bytes())?;
         let mut judge = |plan: Plan| {

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::gguf::{Bytes, Gguf, evict};
 use crate::measure::choose::{self, Auto, Candidate};
 use crate::measure::forms;
-use crate::measure::quality::Windows;
+use crate::measure::quality::{Base, MAX_BASE_BYTES, Windows};
 use crate::merge;
 use crate::model::{Model, NewLayer};
 use crate::plan::{Plan, PlanFile};
@@ -258,11 +258,23 @@ impl RunArgs {
         let mut plan = plan;
         if forms::has_budget(&plan) {
             let open = |gguf| Session::new(Arc::new(Model::from_gguf(gguf)?), &options);
-            plan = forms::within_budget(&mut session, (&plan, &grams), &judge, &open)?;
+            let base = Base::in_memory(&mut session, &judge, MAX_BASE_BYTES, &mut |_| {})?;
+            let Some(mut base) = base else {
+                bad_usage!("--form-tokens: too many for a budget of divergence");
+            };
+            let at = (&mut base, &judge);
+            plan = forms::within_budget(&model, (&plan, &grams), at, &open)?;
             note(&format!("form: {}", plan.names()[1]));
         }
         drop(session);
         let layers = forms::new_layers(&model, &plan, &grams)?;
+        let damped = layers.iter().filter_map(|l| l.rewritten.as_ref()).map(|r| r.damped);
+        match damped.sum::<usize>() {
+            0 => {}
+            n => note(&format!(
+                "form: the text hardly shows {n} directions of heads, which are kept as if it did a little"
+            )),
+        }
         Ok((sole(model)?, layers))
     }
 

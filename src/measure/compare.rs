@@ -276,21 +276,28 @@ impl<'a> Comparison<'a> {
         self.planned(&name, self.trained.clone(), Role::Baseline, None)
     }
 
-    /// A session of the model in the forms of `plan`, if those are not the trained ones.
+    /// A plan whose forms keep within their budgets, and a session of the model in these forms, if those
+    /// are not the trained ones.
     fn formed(
         &mut self,
         plan: &Plan,
         open: &dyn Fn(Gguf) -> Result<Session>,
-    ) -> Result<Option<Session>> {
+    ) -> Result<(Plan, Option<Session>)> {
         self.session.set_plan(self.trained.clone())?;
+        let mut plan = plan.clone();
         if plan.other_forms(&self.trained).is_empty() {
-            return Ok(None);
+            return Ok((plan, None));
         }
         if self.grams.is_empty() {
-            self.grams = forms::grams_for(&mut self.session, plan, self.fitting, &mut |_| {})?;
+            self.grams = forms::grams_for(&mut self.session, &plan, self.fitting, &mut |_| {})?;
         }
-        let gguf = forms::rewritten(self.session.model(), plan, &self.grams, None)?;
-        open(gguf).map(Some)
+        let (model, grams) = (self.session.model(), &self.grams);
+        if forms::has_budget(&plan) {
+            let at = (&mut self.base, self.windows);
+            plan = forms::within_budget(model, (&plan, grams), at, open)?;
+        }
+        let gguf = forms::rewritten(model, &plan, grams, None)?;
+        Ok((plan, Some(open(gguf)?)))
     }
 
     /// The plan that was measured last.
@@ -307,16 +314,16 @@ impl<'a> Comparison<'a> {
     ) -> Result<Variant> {
         match job {
             Job::Plan(name, plan) => {
-                let own = self.formed(plan, open)?;
-                self.planned(name, plan.clone(), Role::Variant, own)
+                let (plan, own) = self.formed(plan, open)?;
+                self.planned(name, plan, Role::Variant, own)
             }
             Job::Fitted(_, plan) => {
                 let n_threads = self.session.n_threads().batch;
                 let how = calibrate::Settings { rows: N_ROWS, means: true, n_threads };
-                let mut own = self.formed(plan, open)?;
+                let (plan, mut own) = self.formed(plan, open)?;
                 let fitting = self.fitting;
                 let session = own.as_mut().unwrap_or(&mut self.session);
-                calibrate(session, fitting, plan, (how, true), &[], &mut |_, _| Ok(()))?;
+                calibrate(session, fitting, &plan, (how, true), &[], &mut |_, _| Ok(()))?;
                 let fitted = session.model().plan.clone();
                 self.planned(&job.name(), fitted, Role::Variant, own)
             }

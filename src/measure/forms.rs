@@ -4,8 +4,8 @@ use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::Gguf;
 use crate::measure::grams::gather;
-use crate::measure::quality::{Base, MAX_BASE_BYTES, Windows, evaluate};
-use crate::merge::{Grams, Trained};
+use crate::measure::quality::{Base, Windows, evaluate};
+use crate::merge::{self, Grams, Trained};
 use crate::model::{Model, NewLayer};
 use crate::plan::{LayerPlan, Plan};
 use crate::quant::Format;
@@ -92,38 +92,41 @@ const SHARE: &str = "ratio";
 /// Shares that are tried are multiples of one over this.
 const STEPS: usize = 32;
 
+/// A form that keeps this share, and has no budget; none if it has no shares.
+pub fn with_share(choice: &merge::Choice, share: f32) -> Option<merge::Choice> {
+    choice.with_values(&[(BUDGET, 0.0), (SHARE, share)]).ok()
+}
+
 /// `plan` with the smallest share, the same for all layers that have a budget, that keeps the
-/// divergence from the session's model on `windows` within the smallest budget. `open` makes sessions
+/// divergence from the `base` of the model on `windows` within the smallest budget. `open` makes sessions
 /// of rewritten files.
 pub fn within_budget(
-    session: &mut Session,
+    model: &Model,
     (plan, grams): (&Plan, &[Grams]),
-    windows: &Windows,
+    (base, windows): (&mut Base, &Windows),
     open: &dyn Fn(Gguf) -> Result<Session>,
 ) -> Result<Plan> {
     let budgets = plan.layers.iter().map(budget).filter(|b| *b > 0.0);
     let most = budgets.fold(f64::INFINITY, f64::min);
-    let Some(mut base) = Base::in_memory(session, windows, MAX_BASE_BYTES, &mut |_| {})? else {
-        bad_usage!("the text for a budget of divergence is too long");
-    };
-    let with = |n: usize| -> Result<Plan> {
+    let with = |n: usize| {
         let mut plan = plan.clone();
-        let share = n as f32 / STEPS as f32;
         for layer in plan.layers.iter_mut().filter(|layer| budget(layer) > 0.0) {
-            layer.form = layer.form.with_values(&[(BUDGET, 0.0), (SHARE, share)])?;
+            if let Some(form) = with_share(&layer.form, n as f32 / STEPS as f32) {
+                layer.form = form;
+            }
         }
-        Ok(plan)
+        plan
     };
     // Nothing is known to be within the budget but everything.
     let (mut low, mut high) = (STEPS / 8 - 1, STEPS);
     while high - low > 1 {
         let middle = (low + high) / 2;
-        let gguf = rewritten(session.model(), &with(middle)?, grams, None)?;
-        let quality = evaluate(&mut open(gguf)?, windows, Some(&mut base), None, &mut |_| {})?;
+        let gguf = rewritten(model, &with(middle), grams, None)?;
+        let quality = evaluate(&mut open(gguf)?, windows, Some(&mut *base), None, &mut |_| {})?;
         let kl = quality.divergence.map_or(f64::INFINITY, |d| d.kl.mean.value);
         if kl <= most { high = middle } else { low = middle }
     }
-    with(high)
+    Ok(with(high))
 }
 
 /// The file of a model whose layers have the forms of `plan`, in memory.

@@ -284,10 +284,13 @@ fn metadata(shape: &Shape, w: &mut Writer) -> Result<()> {
         None => "layer_norm_epsilon",
     };
     w.set(&format!("{arch}.attention.{epsilon}"), Value::F32(1e-5))?;
-    // A vocabulary of the right size that stands for nothing.
+    // A vocabulary of the right size, so that texts become tokens: what ASCII shows, as GPT-2 writes it,
+    // and what stands for nothing.
     w.set("tokenizer.ggml.model", Value::String(b"gpt2"))?;
     w.set("tokenizer.ggml.pre", Value::String(b"gpt-2"))?;
-    let tokens: Vec<String> = (0..shape.n_vocab).map(|i| format!("t{i}")).collect();
+    let letters = ('!'..='~').chain(['\u{120}', '\u{10a}']).map(String::from);
+    let rest = (0..shape.n_vocab).map(|i| format!("t{i}"));
+    let tokens: Vec<String> = letters.chain(rest).take(shape.n_vocab as usize).collect();
     let tokens = tokens.iter().map(|t| Value::String(t.as_bytes()));
     w.set_array("tokenizer.ggml.tokens", ValueType::String, tokens)?;
     w.set_array("tokenizer.ggml.merges", ValueType::String, std::iter::empty::<Value>())

@@ -1,6 +1,6 @@
 //! One form at several ranks: what is lost, and what is gained.
 
-use super::forms::{grams_for, rewritten};
+use super::forms::{grams_for, rewritten, with_share};
 use super::latency::{duel, median};
 use super::quality::{Base, MAX_BASE_BYTES, Windows, evaluate};
 use crate::bad_usage;
@@ -53,10 +53,10 @@ impl Sweep {
             let mut plan = model.trained.clone();
             plan.set_forms(form)?;
             for layer in &mut plan.layers {
-                if layer.form.value("ratio").is_none() {
+                let Some(form) = with_share(&layer.form, *ratio) else {
                     bad_usage!("--sweep: the form {} has no ranks", layer.form.form().name());
-                }
-                layer.form = layer.form.with_values(&[("ratio", *ratio)])?;
+                };
+                layer.form = form;
             }
             super::forms::check(model, &plan)?;
             Ok(plan)

@@ -6,6 +6,7 @@
 //! thing is cached ([`Geometry`]), or both.
 
 mod absorb;
+mod center;
 mod cost;
 mod lowrank;
 mod slim;
@@ -178,6 +179,8 @@ pub struct Rewritten {
     pub score_errors: Vec<f64>,
     /// The same of its outputs.
     pub output_errors: Vec<f64>,
+    /// Directions of heads that second moments hardly show, and that count as if they did a little.
+    pub damped: usize,
 }
 
 impl Rewritten {
@@ -208,7 +211,8 @@ pub struct Grams {
 pub const BLOCK: usize = 32;
 
 /// Every form.
-pub static FORMS: &[&dyn Form] = &[&split::Split, &lowrank::LowRank, &slim::Slim, &absorb::Absorb];
+pub static FORMS: &[&dyn Form] =
+    &[&split::Split, &center::Center, &lowrank::LowRank, &slim::Slim, &absorb::Absorb];
 
 /// The form of this name.
 pub fn find(name: &str) -> Result<&'static dyn Form> {

@@ -138,9 +138,8 @@ impl Model {
         (error, round): (f64, Option<&'static Format>),
     ) -> Result<()> {
         let old = &self.layers[i];
-        let formats = [&old.attn_q, &old.attn_k, &old.attn_v, &old.attn_output].map(|l| &l.weight);
-        let format = |k: usize, new: &Dense| match round {
-            Some(format) if new.n_in.is_multiple_of(format.ty.block_len) => Ok(format),
+        let format = |new: &Dense, old: &[&Linear]| match round {
+            Some(format) if new.n_in.is_multiple_of(format.ty.block_len) => Ok(Some(format)),
             Some(format) => {
                 bad_usage!(
                     "type {}: layer {i} has rows of {} elements, not whole blocks of {}",
@@ -149,28 +148,47 @@ impl Model {
                     format.ty.block_len
                 )
             }
-            None => {
-                Ok(format_for(new, formats[k].format, formats[k].n_out * formats[k].n_in, error))
-            }
+            // What stays as it is is not rounded again.
+            None if is_same(new, old) => Ok(None),
+            None => Ok(Some(format_for(new, &old[0].weight, error))),
         };
         let (q, k, v, o) = (&new.q, &new.k, &new.v, &new.o);
         if self.hparams.fused_qkv {
+            let parts = [q, k, v];
+            let n_out = |d: &Dense| d.data.len() / d.n_in;
+            let bias = |d: &Dense| d.bias.clone().unwrap_or_else(|| vec![0.0; n_out(d)]);
             let all = Dense {
                 n_in: q.n_in,
-                data: [&q.data[..], &k.data, &v.data].concat(),
-                bias: q.bias.as_ref().map(|bias| {
-                    let rest = [k, v].map(|d| d.bias.clone().unwrap_or_default());
-                    [&bias[..], &rest[0], &rest[1]].concat()
-                }),
+                data: parts.map(|d| &d.data[..]).concat(),
+                bias: parts.iter().any(|d| d.bias.is_some()).then(|| parts.map(bias).concat()),
             };
-            put(writer, &format!("blk.{i}.attn_qkv"), &all, format(0, &all)?)?;
+            let olds = [&old.attn_q, &old.attn_k, &old.attn_v];
+            put(writer, &format!("blk.{i}.attn_qkv"), &all, format(&all, &olds)?)?;
         } else {
-            put(writer, &format!("blk.{i}.attn_q"), q, format(0, q)?)?;
-            put(writer, &format!("blk.{i}.attn_k"), k, format(1, k)?)?;
-            put(writer, &format!("blk.{i}.attn_v"), v, format(2, v)?)?;
+            for (name, new, old) in
+                [("q", q, &old.attn_q), ("k", k, &old.attn_k), ("v", v, &old.attn_v)]
+            {
+                put(writer, &format!("blk.{i}.attn_{name}"), new, format(new, &[old])?)?;
+            }
         }
-        put(writer, &format!("blk.{i}.attn_output"), o, format(3, o)?)
+        put(writer, &format!("blk.{i}.attn_output"), o, format(o, &[&old.attn_output])?)
     }
+}
+
+/// Whether numbers are those of matrices one over the other.
+fn is_same(new: &Dense, old: &[&Linear]) -> bool {
+    let n = new.n_in;
+    if old.iter().any(|l| l.weight.n_in != n)
+        || old.iter().map(|l| l.weight.n_out * n).sum::<usize>() != new.data.len()
+    {
+        return false;
+    }
+    let mut numbers = vec![0.0; n];
+    let rows = old.iter().flat_map(|l| (0..l.weight.n_out).map(|r| (&l.weight, r)));
+    rows.zip(new.data.chunks_exact(n)).all(|((w, r), new)| {
+        w.format.dequantize(w.row(r), &mut numbers);
+        numbers == new
+    })
 }
 
 /// Relative error of rounding numbers to a format.
@@ -192,9 +210,10 @@ fn rounding_error(numbers: &Dense, format: &Format) -> f64 {
 }
 
 /// The format for rewritten numbers: that of the old ones, or where it cannot be written or its blocks
-/// do not fit, the next with as many bits. A larger one, up to the size that the old matrix of `n_old`
-/// elements had, where rounding to it would change more than the form does.
-fn format_for(new: &Dense, old: &'static Format, n_old: usize, error: f64) -> &'static Format {
+/// do not fit, the next with as many bits. A larger one, up to the size that the old matrix had, where
+/// rounding to it would change more than the form does.
+fn format_for(new: &Dense, old: &Weight, error: f64) -> &'static Format {
+    let (n_old, old) = (old.n_in * old.n_out, old.format);
     let fits = |f: &&Format| f.can_quantize() && new.n_in.is_multiple_of(f.ty.block_len);
     let mut ladder: Vec<&Format> =
         FORMATS.iter().filter(fits).filter(|f| f.bits() >= old.bits()).collect();
@@ -223,11 +242,19 @@ fn rows(numbers: &Dense, format: &Format) -> Vec<u8> {
     bytes
 }
 
-fn put(writer: &mut Writer, name: &str, numbers: &Dense, format: &'static Format) -> Result<()> {
+/// Writes a matrix in a format, and its bias; without a format only that.
+fn put(
+    writer: &mut Writer,
+    name: &str,
+    numbers: &Dense,
+    format: Option<&'static Format>,
+) -> Result<()> {
     let n = numbers.n_in;
-    let bytes = rows(numbers, format);
-    let dims = [n as u64, (numbers.data.len() / n) as u64];
-    writer.tensor(&format!("{name}.weight"), format.ty, &dims, Data::View(Bytes::from(bytes)))?;
+    if let Some(format) = format {
+        let bytes = Data::View(Bytes::from(rows(numbers, format)));
+        let dims = [n as u64, (numbers.data.len() / n) as u64];
+        writer.tensor(&format!("{name}.weight"), format.ty, &dims, bytes)?;
+    }
     let Some(bias) = &numbers.bias else { return Ok(()) };
     let Some(floats) = quant::format_named("F32") else { return Ok(()) };
     let bytes: Vec<u8> = bias.iter().flat_map(|x| x.to_le_bytes()).collect();

@@ -13,17 +13,17 @@ use qkov::session::{Options, Session};
 
 use crate::cli::code_and_text as qkov;
 
-fn golden(name: &str) -> Gguf {
+pub fn golden(name: &str) -> Gguf {
     let path = format!("{}/tests/golden/{name}.gguf", env!("CARGO_MANIFEST_DIR"));
     Gguf::open(path.as_ref()).unwrap()
 }
 
-fn shipped() -> Gguf {
+pub fn shipped() -> Gguf {
     let file = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/books-6m-q8_0.gguf"));
     Gguf::parse(Bytes::from(&file[..])).unwrap()
 }
 
-fn session(gguf: Gguf, n_ctx: usize) -> Session {
+pub fn session(gguf: Gguf, n_ctx: usize) -> Session {
     let n_threads = Threads { one: 2, batch: 2 };
     let cache = (CacheType::F32, CacheType::F32);
     let n_ctx = Some(n_ctx);
@@ -31,7 +31,7 @@ fn session(gguf: Gguf, n_ctx: usize) -> Session {
     Session::new(Arc::new(Model::from_gguf(gguf).unwrap()), &options).unwrap()
 }
 
-fn tokens(n_vocab: usize, n: usize) -> Vec<u32> {
+pub fn tokens(n_vocab: usize, n: usize) -> Vec<u32> {
     (0..n as u32).map(|i| (i * i + 3 * i) % n_vocab as u32).collect()
 }
 
@@ -58,13 +58,13 @@ fn logits(gguf: Gguf) -> Vec<f32> {
     out
 }
 
-fn distance(a: &[f32], b: &[f32]) -> f32 {
+pub fn distance(a: &[f32], b: &[f32]) -> f32 {
     let size = a.iter().fold(0.0f32, |m, x| m.max(x.abs()));
     a.iter().zip(b).fold(0.0f32, |m, (x, y)| m.max((x - y).abs())) / size
 }
 
 /// The file with some of its numbers changed: `change` gets a tensor's name, rows and row length.
-fn changed(gguf: &Gguf, change: impl Fn(&str, &mut [f32], usize)) -> Gguf {
+pub fn changed(gguf: &Gguf, change: impl Fn(&str, &mut [f32], usize)) -> Gguf {
     let mut writer = Writer::new();
     writer.copy_metadata(gguf).unwrap();
     for tensor in gguf.tensors() {
@@ -220,13 +220,13 @@ fn what_cannot_be_is_refused() {
         (&["generate", "-p", "x", "--form", "lowrank:qk=65"], "qk = 65; heads of layer 0 have 64"),
         (
             &["generate", "-p", "x", "--form", "nope"],
-            "form \"nope\" is not known; known: split, lowrank",
+            "form \"nope\" is not known; known: split, center, lowrank",
         ),
         (&["generate", "-p", "x", "--form", "0.1=lowrank"], "all heads of a layer have one form"),
         (&["generate", "-p", "x", "--form", "7=lowrank"], "layer \"7\"; allowed"),
         (
             &["generate", "-p", "x", "--form", "lowrank:ratio=0.5,center=yes", "--norm", "sigmoid"],
-            "center=yes needs",
+            "means can only be taken out",
         ),
         (
             &["generate", "-p", "x", "--form", "lowrank:ratio=0.5", "--form-tokens", "20"],

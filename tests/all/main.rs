@@ -9,6 +9,7 @@ mod bad_models;
 mod bf16;
 mod cache;
 mod calibrate;
+mod center;
 mod choose;
 mod circuits;
 mod cli;

@@ -17,6 +17,7 @@ use rayon::prelude::*;
 
 use self::ranks::{Part, Parts, Target, choose, shared};
 use self::solver::{Factors, factor, refit};
+use super::center::{may_center, mean_of};
 use super::{
     BLOCK, Choice, Dense, Form, Geometry, Grams, KvHead, Rewritten, Site, Trained, Verdict, Weights,
 };
@@ -89,14 +90,7 @@ impl Form for LowRank {
                 "elements that are normed but not rotated can be neither mixed nor dropped".into(),
             );
         }
-        if choice.value("center") == Some(1.0) && !(site.shift_invariant && site.unit_sum) {
-            return Err(
-                "center=yes needs weights that sum to 1 and do not change when a constant \
-                        is added to scores, as those of softmax without a cap"
-                    .into(),
-            );
-        }
-        Ok(())
+        if choice.value("center") == Some(1.0) { may_center(site) } else { Ok(()) }
     }
 
     fn exact(&self, choice: &Choice, _: &Site) -> Verdict {
@@ -213,12 +207,6 @@ fn about(gram: &Mat<f64>, mean: &[f64], center: Option<&[f64]>) -> Mat<f64> {
     Mat::from_fn(n, n, |i, j| gram[(i, j)] - mean[i] * c[j] - c[i] * mean[j] + c[i] * c[j])
 }
 
-/// The mean of some rows.
-fn mean_of(rows: &[Vec<f64>]) -> Vec<f64> {
-    let sum = |i: usize| rows.iter().map(|row| row[i]).sum::<f64>();
-    (0..rows.first().map_or(0, Vec::len)).map(|i| sum(i) / rows.len() as f64).collect()
-}
-
 impl Solved {
     fn of(choice: &Choice, layer: &Trained) -> Result<Solved> {
         let weights = (layer.weights)();
@@ -310,6 +298,7 @@ impl Solved {
             geometry: Geometry::new(n_head, kv_heads),
             score_errors,
             output_errors,
+            damped: self.heads.iter().map(SolvedHead::damped).sum(),
         })
     }
 }
@@ -375,6 +364,11 @@ impl SolvedHead {
             key_mean,
             value_mean,
         })
+    }
+
+    /// Directions that second moments hardly show.
+    fn damped(&self) -> usize {
+        self.band_factors.damped + self.value_factors.damped
     }
 
     /// What rows of queries and keys are multiplied with, each `[key_dim, score_dim]`, and the planes

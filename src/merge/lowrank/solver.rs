@@ -21,6 +21,8 @@ const FLOOR: f64 = 1e-6;
 struct Root {
     root: Mat<f64>,
     inverse: Mat<f64>,
+    /// Eigenvalues that are not what they were.
+    damped: usize,
 }
 
 impl Root {
@@ -39,6 +41,7 @@ impl Root {
         Ok(Root {
             root: Mat::from_fn(n, n, |i, j| size(i) * vectors[(j, i)]),
             inverse: Mat::from_fn(n, n, |i, j| vectors[(i, j)] / size(j)),
+            damped: (0..n).filter(|i| values[*i] < floor).count(),
         })
     }
 }
@@ -51,6 +54,8 @@ pub(super) struct Factors {
     /// rank. `[dim, dim]`
     pub(super) left: Mat<f64>,
     pub(super) right: Mat<f64>,
+    /// Directions of both moments that they hardly show.
+    pub(super) damped: usize,
 }
 
 /// Factors of `q k^T` for rows with these second moments.
@@ -66,7 +71,12 @@ pub(super) fn factor(left: MatRef<f64>, right: MatRef<f64>) -> Result<Factors> {
         let map = inverse * vectors;
         Mat::from_fn(n, n, |i, j| map[(i, j)] * values[j].sqrt())
     };
-    Ok(Factors { left: side(&q.inverse, svd.U()), right: side(&k.inverse, svd.V()), values })
+    Ok(Factors {
+        left: side(&q.inverse, svd.U()),
+        right: side(&k.inverse, svd.V()),
+        values,
+        damped: q.damped + k.damped,
+    })
 }
 
 /// For values `v A` of `A: [dim, r]`, what stands for the identity between them and the old output matrix:
@@ -175,11 +185,11 @@ mod tests {
     fn moments_of_nothing_are_no_trouble() {
         let zero = Mat::<f64>::zeros(4, 4);
         let factors = factor(zero.as_ref(), zero.as_ref()).unwrap();
-        assert!(factors.left.squared_norm_l2().is_finite());
+        assert!(factors.left.squared_norm_l2().is_finite() && factors.damped == 8);
         // One direction only: the rest has nothing to lose.
         let one = Mat::from_fn(4, 4, |i, j| ((i + 1) * (j + 1)) as f64);
         let factors = factor(one.as_ref(), one.as_ref()).unwrap();
-        assert!(factors.values[1] < 1e-4 * factors.values[0]);
+        assert!(factors.values[1] < 1e-4 * factors.values[0] && factors.damped == 6);
         assert!(
             refit(one.as_ref(), factors.left.subcols(0, 2)).unwrap().squared_norm_l2().is_finite()
         );
