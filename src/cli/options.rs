@@ -126,8 +126,8 @@ pub(super) struct RunArgs {
     /// Text that data-aware forms are made with [default: pages of public-domain books, built in]
     #[arg(long, value_name = "FILE")]
     form_text: Option<PathBuf>,
-    /// Tokens of that text
-    #[arg(long, value_name = "N", default_value_t = 2048)]
+    /// Tokens of that text; twice as many that follow judge what is within a budget
+    #[arg(long, value_name = "N", default_value_t = 1024)]
     form_tokens: usize,
     /// Plan file, from `calibrate`; --norm and --mask go over what it says. For `compare`, one more
     /// variant
@@ -284,7 +284,7 @@ impl RunArgs {
         let mut tokens = model.tokenizer.encode(&text, true, false)?;
         let n = self.form_tokens.min(tokens.len() * 2 / 3);
         let mut rest = tokens.split_off(n);
-        rest.truncate(self.form_tokens);
+        rest.truncate(2 * self.form_tokens);
         let n_ctx = FORM_WINDOW.min(model.hparams.n_ctx_train);
         let fitting = Windows::new(tokens, n_ctx)?.inputs(&model.tokenizer).collect();
         Ok((fitting, Windows::new(rest, n_ctx)?))
