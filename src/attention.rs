@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::arch::Hparams;
+use crate::arch::{Hparams, Temperature};
 use crate::mask::Visible;
 use crate::merge::Geometry;
 use crate::normalizer::Row;
@@ -19,9 +19,21 @@ pub struct Attention {
     plan: LayerPlan,
     layer: usize,
     scale: f32,
+    temperature: Option<Temperature>,
+    /// What scores of each head lose per position of distance; none in most models.
+    slopes: Vec<f32>,
     softcap: Option<f32>,
     window: Option<usize>,
     n_ctx_train: usize,
+}
+
+/// Slopes of linear biases (ALiBi, arXiv 2108.12409, section 3, and its code for numbers of heads that
+/// are no powers of 2): the series of the next lower power, then every other of the next higher one.
+fn slopes(n_head: usize, max_bias: f32) -> Vec<f32> {
+    let n = 1 << n_head.max(1).ilog2();
+    let slope = |i: usize, n: usize| (-max_bias * (i + 1) as f32 / n as f32).exp2();
+    let series = (0..n).map(|i| slope(i, n));
+    series.chain((0..n).map(|i| slope(2 * i, 2 * n))).take(n_head).collect()
 }
 
 impl Attention {
@@ -33,6 +45,8 @@ impl Attention {
             plan,
             layer,
             scale: hparams.attn_scale,
+            temperature: hparams.temperature,
+            slopes: hparams.max_alibi_bias.map_or(Vec::new(), |max| slopes(at.n_head, max)),
             softcap: hparams.attn_softcap,
             window: at.window,
             n_ctx_train: hparams.n_ctx_train,
@@ -44,19 +58,29 @@ impl Attention {
         self.plan.mask.visible(position, prompt, self.window)
     }
 
-    /// Factor on query-key products before anything else is done with them.
-    pub fn scale(&self) -> f32 {
-        self.scale
+    /// Factor on products of the query at `position` with keys before anything else is done with them.
+    pub fn scale(&self, position: usize) -> f32 {
+        self.temperature.map_or(self.scale, |Temperature { scale, length }| {
+            let spans = (1 + position / length) as f64;
+            self.scale * (1.0 + f64::from(scale) * libm::log(spans)) as f32
+        })
     }
 
-    /// Turns scores of `head` at `position`, scaled and only those of visible keys, into weights.
-    pub fn weigh(&self, position: usize, head: usize, scores: &mut [f32]) {
-        self.cap(scores);
-        self.normalize(position, head, scores);
+    /// Turns scores of `head` at a position, scaled and only those of the keys that it sees, into
+    /// weights.
+    pub fn weigh(&self, at: (usize, &Visible), head: usize, scores: &mut [f32]) {
+        self.bias(at, head, scores);
+        self.normalize(at.0, head, scores);
     }
 
     /// What the model does to scaled scores before they are normalized.
-    pub fn cap(&self, scores: &mut [f32]) {
+    pub fn bias(&self, (position, seen): (usize, &Visible), head: usize, scores: &mut [f32]) {
+        if let Some(slope) = self.slopes.get(head) {
+            let keys = seen.ranges().iter().cloned().flatten();
+            for (score, key) in scores.iter_mut().zip(keys) {
+                *score -= slope * position.abs_diff(key) as f32;
+            }
+        }
         if let Some(cap) = self.softcap {
             simd::softcap(scores, cap);
         }
@@ -74,5 +98,19 @@ impl Attention {
         }
         let at = Row { position, layer: self.layer, head, n_ctx_train: self.n_ctx_train };
         self.plan.normalizers[head].row(scores, at);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The values that the paper's code gives, which is not quite what its text says of 6 heads.
+    #[test]
+    fn slopes_are_a_series_and_every_other_of_the_next() {
+        let powers = |n: &[f32]| n.iter().map(|n| n.exp2()).collect::<Vec<_>>();
+        assert_eq!(slopes(4, 8.0), powers(&[-2.0, -4.0, -6.0, -8.0]));
+        assert_eq!(slopes(6, 8.0), powers(&[-2.0, -4.0, -6.0, -8.0, -1.0, -3.0]));
+        assert_eq!(slopes(1, 8.0), powers(&[-8.0]));
     }
 }

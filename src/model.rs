@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
 
-use crate::arch::{Bias, Hparams, LayerHparams, rewritten};
+use crate::arch::{Bias, Gate, Hparams, LayerHparams, QkNorm, Rope, Scaling, rewritten};
 use crate::attention::Attention;
 use crate::bad_file;
 use crate::error::{Result, excerpt};
@@ -38,8 +38,12 @@ pub struct Model {
     pub token_embd: Weight,
     /// Embeddings of positions. `[n_ctx_train, n_embd]`
     pub position_embd: Option<Weight>,
+    /// The norm of token embeddings. `[n_embd]`
+    pub embedding_norm: Option<NormWeight>,
     /// Divisors of the rotation's frequencies. `[rope.dim / 2]`
     pub rope_freqs: Option<Vec<f32>>,
+    /// The same in contexts that are longer than [`Scaling::Long`] says.
+    pub long_rope_freqs: Option<Vec<f32>>,
     /// The layers, first to last.
     pub layers: Vec<Layer>,
     /// The norm before the output. `[n_embd]`
@@ -54,8 +58,8 @@ pub struct Model {
 
 /// The weights of one layer. `h`: query heads, `k`: kv heads.
 pub struct Layer {
-    /// `[n_embd]`
-    pub attn_norm: NormWeight,
+    /// Absent where attention reads the residual stream. `[n_embd]`
+    pub attn_norm: Option<NormWeight>,
     /// `[h * key_dim, n_embd]`
     pub attn_q: Linear,
     /// `[k * key_dim, n_embd]`
@@ -64,11 +68,11 @@ pub struct Layer {
     pub attn_v: Linear,
     /// `[n_embd, h * value_dim]`
     pub attn_output: Linear,
-    /// Norms of each head's query and key. `[key_dim]`
+    /// Norms of queries and keys. `[h * key_dim]`, `[k * key_dim]`
     pub qk_norm: Option<(NormWeight, NormWeight)>,
     /// `[n_embd]`
     pub post_attention_norm: Option<NormWeight>,
-    /// Absent where attention and FFN share a norm. `[n_embd]`
+    /// Absent where the FFN reads what attention reads, or the residual stream. `[n_embd]`
     pub ffn_norm: Option<NormWeight>,
     /// `[n_ff, n_embd]`
     pub ffn_gate: Option<Linear>,
@@ -120,12 +124,18 @@ impl Weight {
         let n = self.format.row_bytes(self.n_in);
         &self.bytes[i * n..(i + 1) * n]
     }
+}
 
+impl Linear {
     /// Rows `start..start + n_out` as a matrix of their own.
-    fn rows(&self, start: usize, n_out: usize) -> Option<Weight> {
-        let n = self.format.row_bytes(self.n_in);
-        let bytes = self.bytes.slice(start * n..(start + n_out) * n)?;
-        Some(Weight { n_out, bytes, ..self.clone() })
+    fn rows(&self, start: usize, n_out: usize) -> Result<Linear> {
+        let w = &self.weight;
+        let n = w.format.row_bytes(w.n_in);
+        let Some(bytes) = w.bytes.slice(start * n..(start + n_out) * n) else {
+            bad_file!("a matrix of {} rows; expected {} or more", w.n_out, start + n_out);
+        };
+        let bias = self.bias.as_ref().map(|b| b[start..start + n_out].to_vec());
+        Ok(Linear { weight: Weight { n_out, bytes, ..w.clone() }, bias })
     }
 }
 
@@ -220,20 +230,16 @@ impl Model {
             true => Some(bind.matrix("position_embd.weight", e, hp.n_ctx_train)?),
             false => None,
         };
+        let embedding_norm = match hp.embedding_norm {
+            true => Some(bind.norm("token_embd_norm", e, hp)?),
+            false => None,
+        };
         let output_norm = bind.norm("output_norm", e, hp)?;
         let output = match bind.has("output.weight") {
             true => bind.matrix("output.weight", e, n_vocab)?,
             false => token_embd.clone(),
         };
-        let rope_freqs = match &hp.rope {
-            Some(rope) if bind.has("rope_freqs.weight") => {
-                Some(bind.vector("rope_freqs.weight", rope.dim / 2)?)
-            }
-            _ => None,
-        };
-        if rope_freqs.iter().flatten().any(|f| !f.is_finite() || *f <= 0.0) {
-            bad_file!("tensor \"rope_freqs.weight\": every divisor must be finite and > 0");
-        }
+        let [rope_freqs, long_rope_freqs] = bind.rope_freqs(hp)?;
         let mut layers = Vec::new();
         for (i, layer) in hp.layers.iter().enumerate() {
             layers.push(bind.layer(i, layer, hp)?);
@@ -250,7 +256,9 @@ impl Model {
             attention,
             token_embd,
             position_embd,
+            embedding_norm,
             rope_freqs,
+            long_rope_freqs,
             layers,
             output_norm,
             output,
@@ -261,6 +269,15 @@ impl Model {
         match model.check(&model.plan) {
             Err(e) => bad_file!("key \"{}\": {e}", rewritten::FORM),
             Ok(()) => Ok(model),
+        }
+    }
+
+    /// Divisors of the rotation's frequencies in a context of `n_ctx` tokens.
+    pub fn rope_divisors(&self, n_ctx: usize) -> Option<&[f32]> {
+        let is_long = |rope: &Rope| matches!(rope.scaling, Scaling::Long { n_ctx_orig } if n_ctx > n_ctx_orig);
+        match self.hparams.ropes.first().is_some_and(is_long) {
+            true => self.long_rope_freqs.as_deref(),
+            false => self.rope_freqs.as_deref(),
         }
     }
 
@@ -334,6 +351,52 @@ impl Binder<'_> {
         Ok(NormWeight { weight, bias })
     }
 
+    fn optional_norm(
+        &mut self,
+        (blk, name): (&str, Option<&str>),
+        hp: &Hparams,
+    ) -> Result<Option<NormWeight>> {
+        name.map(|name| self.norm(&format!("{blk}.{name}"), hp.n_embd, hp)).transpose()
+    }
+
+    /// The gains of a norm of `n` heads of queries or keys, one for all of them or one for each.
+    fn head_norm(&mut self, name: &str, n: usize, hp: &Hparams) -> Result<NormWeight> {
+        let name = format!("{name}.weight");
+        let weight = match hp.qk_norm {
+            Some(QkNorm::Row) => self.vector(&name, n * hp.key_dim)?,
+            _ if self.gguf.tensor(&name).is_some_and(|t| t.dims.len() > 1) => {
+                let rows = self.matrix(&name, hp.key_dim, n)?;
+                let mut all = vec![0.0; n * hp.key_dim];
+                for (i, row) in all.chunks_exact_mut(hp.key_dim).enumerate() {
+                    rows.format.dequantize(rows.row(i), row);
+                }
+                all
+            }
+            _ => self.vector(&name, hp.key_dim)?.repeat(n),
+        };
+        Ok(NormWeight { weight, bias: None })
+    }
+
+    /// Divisors of frequencies, and those in long contexts.
+    fn rope_freqs(&mut self, hp: &Hparams) -> Result<[Option<Vec<f32>>; 2]> {
+        let Some(rope) = hp.ropes.first() else { return Ok([None, None]) };
+        let has_divisors = self.has("rope_freqs.weight");
+        let mut read = |name: &str| -> Result<Option<Vec<f32>>> {
+            let divisors = self.vector(name, rope.dim / 2)?;
+            if divisors.iter().any(|f| !f.is_finite() || *f <= 0.0) {
+                bad_file!("tensor \"{name}\": every divisor must be finite and > 0");
+            }
+            Ok(Some(divisors))
+        };
+        match rope.scaling {
+            Scaling::Long { .. } => {
+                Ok([read("rope_factors_short.weight")?, read("rope_factors_long.weight")?])
+            }
+            _ if has_divisors => Ok([read("rope_freqs.weight")?, None]),
+            _ => Ok([None, None]),
+        }
+    }
+
     fn bias(&mut self, name: &str, n: usize, rule: Bias) -> Result<Option<Vec<f32>>> {
         let name = format!("{name}.bias");
         match rule {
@@ -363,18 +426,23 @@ impl Binder<'_> {
             let [q, k, v] = widths;
             return Ok([one("attn_q", q)?, one("attn_k", k)?, one("attn_v", v)?]);
         }
-        let name = format!("{blk}.attn_qkv");
-        let all = self.linear(&name, e, widths.iter().sum(), bias)?;
-        let mut start = 0;
-        let mut next = |n: usize| -> Result<Linear> {
-            let Some(weight) = all.weight.rows(start, n) else {
-                bad_file!("tensor \"{name}.weight\" is too short");
-            };
-            let bias = all.bias.as_ref().map(|b| b[start..start + n].to_vec());
-            start += n;
-            Ok(Linear { weight, bias })
-        };
-        Ok([next(widths[0])?, next(widths[1])?, next(widths[2])?])
+        let all = self.linear(&format!("{blk}.attn_qkv"), e, widths.iter().sum(), bias)?;
+        let [q, k, v] = widths;
+        Ok([all.rows(0, q)?, all.rows(q, k)?, all.rows(q + k, v)?])
+    }
+
+    /// The FFN's gate and what it is multiplied with.
+    fn ffn_up(&mut self, blk: &str, n_ff: usize, hp: &Hparams) -> Result<(Option<Linear>, Linear)> {
+        let mut one =
+            |name: &str, n| self.linear(&format!("{blk}.{name}"), hp.n_embd, n, hp.ffn_bias);
+        match hp.ffn_gate {
+            Gate::None => Ok((None, one("ffn_up", n_ff)?)),
+            Gate::Own => Ok((Some(one("ffn_gate", n_ff)?), one("ffn_up", n_ff)?)),
+            Gate::Fused => {
+                let both = one("ffn_up", 2 * n_ff)?;
+                Ok((Some(both.rows(0, n_ff)?), both.rows(n_ff, n_ff)?))
+            }
+        }
     }
 
     fn layer(&mut self, i: usize, layer: &LayerHparams, hp: &Hparams) -> Result<Layer> {
@@ -386,8 +454,8 @@ impl Binder<'_> {
         let output_bias = self.attention_bias(hp.attn_output_bias)?;
         // Norms of heads need what a form leaves out of the cache.
         let [q, k] = match hp.qk_norm {
-            true => [layer.n_head * dk, layer.n_head_kv * dk],
-            false => [g.query_width(), g.key_width()],
+            Some(_) => [layer.n_head * dk, layer.n_head_kv * dk],
+            None => [g.query_width(), g.key_width()],
         };
         let widths = [q, k, g.value_width()];
         let mut n_heads_out = g.output_width();
@@ -395,37 +463,28 @@ impl Binder<'_> {
             n_heads_out = n_heads_out.next_multiple_of(BLOCK);
         }
         let [attn_q, attn_k, attn_v] = self.qkv(&blk, widths, hp)?;
+        let (ffn_gate, ffn_up) = self.ffn_up(&blk, layer.n_ff, hp)?;
         Ok(Layer {
-            attn_norm: self.norm(&at("attn_norm"), e, hp)?,
+            attn_norm: self.optional_norm((&blk, hp.attn_norm), hp)?,
             attn_q,
             attn_k,
             attn_v,
             attn_output: self.linear(&at("attn_output"), n_heads_out, e, output_bias)?,
             qk_norm: match hp.qk_norm {
-                true => Some((
-                    self.norm(&at("attn_q_norm"), dk, hp)?,
-                    self.norm(&at("attn_k_norm"), dk, hp)?,
+                Some(_) => Some((
+                    self.head_norm(&at("attn_q_norm"), layer.n_head, hp)?,
+                    self.head_norm(&at("attn_k_norm"), layer.n_head_kv, hp)?,
                 )),
-                false => None,
+                None => None,
             },
-            post_attention_norm: match hp.post_norm {
-                true => Some(self.norm(&at("post_attention_norm"), e, hp)?),
-                false => None,
-            },
-            ffn_norm: match hp.parallel {
-                true => None,
-                false => Some(self.norm(&at("ffn_norm"), e, hp)?),
-            },
-            ffn_gate: match hp.ffn_gated {
-                true => Some(self.linear(&at("ffn_gate"), e, layer.n_ff, hp.ffn_bias)?),
-                false => None,
-            },
-            ffn_up: self.linear(&at("ffn_up"), e, layer.n_ff, hp.ffn_bias)?,
+            post_attention_norm: self
+                .optional_norm((&blk, hp.post_norm.then_some("post_attention_norm")), hp)?,
+            ffn_norm: self.optional_norm((&blk, hp.ffn_norm), hp)?,
+            ffn_gate,
+            ffn_up,
             ffn_down: self.linear(&at("ffn_down"), layer.n_ff, e, hp.ffn_bias)?,
-            post_ffw_norm: match hp.post_norm {
-                true => Some(self.norm(&at("post_ffw_norm"), e, hp)?),
-                false => None,
-            },
+            post_ffw_norm: self
+                .optional_norm((&blk, hp.post_norm.then_some("post_ffw_norm")), hp)?,
         })
     }
 

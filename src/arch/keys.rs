@@ -69,6 +69,12 @@ impl<'a> Keys<'a> {
         self.count("context_length", 1..=1 << 30)
     }
 
+    /// The context before it was extended.
+    pub fn n_ctx_orig(&self) -> Result<usize> {
+        let given = self.count_or_none("rope.scaling.original_context_length", 1..=1 << 30)?;
+        given.map_or_else(|| self.n_ctx_train(), Ok)
+    }
+
     /// A finite float above zero that may be absent.
     pub fn positive_or_none(&self, key: &str) -> Result<Option<f32>> {
         let name = self.name(key);
@@ -84,6 +90,16 @@ impl<'a> Keys<'a> {
             Some(x) => Ok(x),
             None => bad_file!("missing key \"{}\"; a float > 0", self.name(key)),
         }
+    }
+
+    /// A flag, or what it is without the key.
+    pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
+        Ok(self.gguf.bool(&self.name(key))?.unwrap_or(default))
+    }
+
+    /// Whether the file has a tensor of this name.
+    pub fn has_tensor(&self, name: &str) -> bool {
+        self.gguf.tensor(name).is_some()
     }
 
     /// One count per layer, from a single number or from an array of them.
@@ -113,7 +129,7 @@ impl<'a> Keys<'a> {
         Ok(Some(counts))
     }
 
-    /// Heads and FFN width of every layer; all rotate and see everything.
+    /// Heads and FFN width of every layer; none rotates, and all see everything.
     pub fn layers(&self) -> Result<Vec<LayerHparams>> {
         let n_layer = self.n_layer()?;
         let need = |key: &str| match self.per_layer(key, n_layer)? {
@@ -137,12 +153,49 @@ impl<'a> Keys<'a> {
                 n_head,
                 n_head_kv,
                 n_ff,
-                rotates: true,
+                rope: None,
                 window: None,
                 rewritten: None,
             });
         }
         Ok(layers)
+    }
+
+    /// Gives layers the window of `attention.sliding_window`, or `window` without that key: the layers
+    /// that `attention.sliding_window_pattern` names, or all but every `period`th.
+    pub fn windows(
+        &self,
+        layers: &mut [LayerHparams],
+        window: Option<usize>,
+        period: u32,
+    ) -> Result<()> {
+        let given = self.count_or_none("attention.sliding_window", 0..=1 << 30)?;
+        let window = given.or(window).filter(|n| *n > 0);
+        let key = "attention.sliding_window_pattern";
+        let name = self.name(key);
+        let windowed: Vec<bool> = match self.gguf.get(&name) {
+            Some(Value::Array(array)) => {
+                let flag = |value: Value| match value {
+                    Value::Bool(flag) => Some(flag),
+                    other => other.integer().map(|n| n != 0),
+                };
+                match array.iter().map(flag).collect::<Option<Vec<_>>>() {
+                    Some(flags) if flags.len() == layers.len() => flags,
+                    _ => {
+                        bad_file!("key \"{name}\": expected {} flags, one per layer", layers.len())
+                    }
+                }
+            }
+            _ => {
+                let period = self.count_or_none(key, 0..=MAX_LAYERS)?.unwrap_or(period as usize);
+                // None is left out by a period of 0.
+                (0..layers.len()).map(|i| period == 0 || i % period < period - 1).collect()
+            }
+        };
+        for (layer, windowed) in layers.iter_mut().zip(windowed) {
+            layer.window = window.filter(|_| windowed);
+        }
+        Ok(())
     }
 
     /// Widths of key and value heads: their own keys, or an even share of the embedding.
@@ -181,7 +234,8 @@ impl<'a> Keys<'a> {
             );
         }
         let base = self.positive_or_none("rope.freq_base")?.unwrap_or(10_000.0);
-        Ok(Rope { pairing, dim, base, scaling: self.rope_scaling()? })
+        let attn_factor = self.positive_or_none("rope.scaling.attn_factor")?.unwrap_or(1.0);
+        Ok(Rope { pairing, dim, base, attn_factor, scaling: self.rope_scaling()? })
     }
 
     fn rope_scaling(&self) -> Result<Scaling> {
@@ -189,21 +243,23 @@ impl<'a> Keys<'a> {
         let factor = self.positive_or_none("rope.scaling.factor")?;
         // Files from before `rope.scaling.*` carry a linear factor alone.
         let factor = factor.or(self.positive_or_none("rope.scale_linear")?).unwrap_or(1.0);
+        let n_ctx_orig = self.n_ctx_orig()?;
         match self.gguf.str(&name)? {
+            None if self.has_tensor("rope_factors_short.weight") => {
+                Ok(Scaling::Long { n_ctx_orig })
+            }
+            Some("longrope") => Ok(Scaling::Long { n_ctx_orig }),
             None if factor == 1.0 => Ok(Scaling::None),
             None | Some("linear") => Ok(Scaling::Linear { factor }),
             Some("none") => Ok(Scaling::None),
             Some("yarn") => Ok(Scaling::Yarn {
                 factor,
-                n_ctx_orig: self
-                    .count_or_none("rope.scaling.original_context_length", 1..=1 << 30)?
-                    .map_or_else(|| self.n_ctx_train(), Ok)?,
-                attn_factor: self.positive_or_none("rope.scaling.attn_factor")?.unwrap_or(1.0),
+                n_ctx_orig,
                 beta_fast: self.positive_or_none("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
                 beta_slow: self.positive_or_none("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
             }),
             Some(other) => bad_file!(
-                "key \"{name}\" = \"{}\"; allowed none, linear, yarn",
+                "key \"{name}\" = \"{}\"; allowed none, linear, yarn, longrope",
                 crate::error::excerpt(other)
             ),
         }

@@ -2,12 +2,30 @@
 //!
 //! An entry is one file that fills [`Hparams`]; engines read only that, and never the name.
 
+mod bloom;
+mod cohere2;
+mod command_r;
+mod decoder;
+mod exaone4;
+mod falcon;
+mod gemma2;
+mod gemma3;
 mod gpt2;
+mod gptneox;
+mod granite;
+mod internlm2;
 mod keys;
 mod llama;
+mod mistral3;
+mod olmo2;
+mod phi3;
 mod qwen2;
+mod qwen3;
 pub mod rewritten;
 mod rope;
+mod smollm3;
+mod stablelm;
+mod starcoder2;
 
 pub use keys::Keys;
 
@@ -24,7 +42,28 @@ pub struct Arch {
 }
 
 /// Every architecture that can run.
-pub static ARCHS: &[Arch] = &[llama::ARCH, qwen2::ARCH, gpt2::ARCH];
+pub static ARCHS: &[Arch] = &[
+    llama::ARCH,
+    qwen2::ARCH,
+    qwen3::ARCH,
+    gemma2::ARCH,
+    gemma3::ARCH,
+    phi3::ARCH,
+    smollm3::ARCH,
+    olmo2::ARCH,
+    granite::ARCH,
+    mistral3::ARCH,
+    exaone4::ARCH,
+    command_r::ARCH,
+    cohere2::ARCH,
+    internlm2::ARCH,
+    stablelm::ARCH,
+    starcoder2::ARCH,
+    falcon::ARCH,
+    gptneox::ARCH,
+    gpt2::ARCH,
+    bloom::ARCH,
+];
 
 /// Everything an engine must know about a model besides its weights.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,17 +90,29 @@ pub struct Hparams {
     pub final_softcap: Option<f32>,
     /// The kind of every norm.
     pub norm: Norm,
-    /// Whether heads of queries and keys are normed before rotation: `attn_q_norm`, `attn_k_norm`.
-    pub qk_norm: bool,
+    /// Whether token embeddings are normed: `token_embd_norm`.
+    pub embedding_norm: bool,
+    /// Tensor of the norm of what attention reads; without one it reads the residual stream.
+    pub attn_norm: Option<&'static str>,
+    /// The same of the FFN, which without one reads the residual stream, or, in parallel layers,
+    /// what attention reads.
+    pub ffn_norm: Option<&'static str>,
+    /// What of queries and keys is normed before rotation: `attn_q_norm`, `attn_k_norm`.
+    pub qk_norm: Option<QkNorm>,
     /// Whether the outputs of attention and FFN are normed before they are added:
     /// `post_attention_norm`, `post_ffw_norm`.
     pub post_norm: bool,
-    /// Whether attention and FFN both read the normed input of the layer.
+    /// Whether attention and FFN both read the residual stream as it enters the layer.
     pub parallel: bool,
     /// Whether positions come from a learned table, `position_embd`.
     pub learned_positions: bool,
-    /// Rotation of queries and keys.
-    pub rope: Option<Rope>,
+    /// Exponent of the steepest slope of linear biases: scores of `n` heads lose `2^(-max (i + 1) / n)`
+    /// for every position between query and key (ALiBi, arXiv 2108.12409).
+    pub max_alibi_bias: Option<f32>,
+    /// Growth of scores with the query's position.
+    pub temperature: Option<Temperature>,
+    /// Rotations of queries and keys, which layers choose from; all pair and rotate the same elements.
+    pub ropes: Vec<Rope>,
     /// Whether queries, keys and values share one tensor, `attn_qkv`.
     pub fused_qkv: bool,
     /// Bias of `attn_q`, `attn_k`, `attn_v` (or `attn_qkv`).
@@ -72,8 +123,8 @@ pub struct Hparams {
     pub ffn_bias: Bias,
     /// The FFN's nonlinearity.
     pub activation: Activation,
-    /// Whether the FFN multiplies the activation of `ffn_gate` with `ffn_up`.
-    pub ffn_gated: bool,
+    /// Where the FFN has a gate, whose activation is multiplied with `ffn_up`.
+    pub ffn_gate: Gate,
     /// Factor on token embeddings.
     pub embedding_scale: f32,
     /// Factor on what attention and FFN add to the residual stream.
@@ -91,8 +142,8 @@ pub struct LayerHparams {
     pub n_head_kv: usize,
     /// Width of the FFN.
     pub n_ff: usize,
-    /// Whether this layer rotates, in a model that does.
-    pub rotates: bool,
+    /// Which of the model's rotations it has.
+    pub rope: Option<usize>,
     /// Keys that a query sees, itself included; `None` is all.
     pub window: Option<usize>,
     /// Kv heads, where the layer has been rewritten; `None`: all have the model's widths.
@@ -131,6 +182,36 @@ pub enum NormKind {
     Layer,
 }
 
+/// What of queries and keys is normed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Every head for itself, all with one gain or each with its own.
+    Heads,
+    /// All heads together.
+    Row,
+}
+
+/// Scores of a query at position `p` are multiplied by `1 + scale ln(1 + floor(p / length))`
+/// (after Llama 4; arXiv 2501.19399).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Temperature {
+    /// Factor of the logarithm.
+    pub scale: f32,
+    /// Tokens before it begins.
+    pub length: usize,
+}
+
+/// Where a gate is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// Nowhere.
+    None,
+    /// In a tensor of its own, `ffn_gate`.
+    Own,
+    /// In the first half of `ffn_up`'s rows.
+    Fused,
+}
+
 /// Whether a matrix has a bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bias {
@@ -147,7 +228,9 @@ pub enum Bias {
 pub enum Activation {
     /// `x * sigmoid(x)`.
     Silu,
-    /// GELU in its tanh approximation (arXiv 1606.08415).
+    /// `x * P(X <= x)`, GELU (arXiv 1606.08415).
+    Gelu,
+    /// The same in its tanh approximation.
     GeluTanh,
 }
 
@@ -160,6 +243,8 @@ pub struct Rope {
     pub dim: usize,
     /// Base of the wavelengths.
     pub base: f32,
+    /// Factor on rotated queries and keys, besides that of a scaling.
+    pub attn_factor: f32,
     /// How frequencies are changed for longer contexts.
     pub scaling: Scaling,
 }
@@ -173,8 +258,8 @@ pub enum Pairing {
     Half,
 }
 
-/// Changes of the rotation's frequencies. Divisors per frequency, such as Llama 3's, come as the
-/// tensor `rope_freqs` instead.
+/// Changes of the rotation's frequencies. Divisors per frequency, such as Llama 3's, come as
+/// tensors instead.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scaling {
     /// As trained.
@@ -190,12 +275,16 @@ pub enum Scaling {
         factor: f32,
         /// The context before extension.
         n_ctx_orig: usize,
-        /// Factor on queries and keys besides the paper's own.
-        attn_factor: f32,
         /// Rotations over the context above which a frequency stays.
         beta_fast: f32,
         /// Rotations over the context below which it is divided in full.
         beta_slow: f32,
+    },
+    /// Divisors for short contexts and for long ones: `rope_factors_short`, `rope_factors_long`
+    /// (LongRoPE, arXiv 2402.13753).
+    Long {
+        /// Longest context that is short.
+        n_ctx_orig: usize,
     },
 }
 
@@ -218,6 +307,26 @@ impl Hparams {
     pub fn kv_heads(&self, layer: &LayerHparams) -> Vec<KvHead> {
         let trained = KvHead { score_dim: self.key_dim, value_dim: self.value_dim, planes: None };
         layer.rewritten.clone().unwrap_or_else(|| vec![trained; layer.n_head_kv])
+    }
+
+    /// The rotation of a layer.
+    pub fn rope(&self, layer: usize) -> Option<&Rope> {
+        self.ropes.get(self.layers[layer].rope?)
+    }
+
+    /// Gives layers with a window another rotation than the model's first.
+    fn rotate_windows(&mut self, change: impl Fn(Rope) -> Rope) {
+        let windowed = |layer: &&mut LayerHparams| layer.window.is_some() && layer.rope.is_some();
+        let Some(other) = self.ropes.first().cloned().map(change) else { return };
+        if self.ropes[0] != other && self.layers.iter_mut().any(|l| windowed(&l)) {
+            self.layers.iter_mut().filter(windowed).for_each(|layer| layer.rope = Some(1));
+            self.ropes.push(other);
+        }
+    }
+
+    /// Takes the rotation from layers without a window.
+    fn rotate_windows_only(&mut self) {
+        self.layers.iter_mut().filter(|l| l.window.is_none()).for_each(|l| l.rope = None);
     }
 
     /// Number of layers.

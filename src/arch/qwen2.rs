@@ -9,6 +9,6 @@ fn read(keys: &Keys) -> Result<Hparams> {
         qkv_bias: Bias::Required,
         attn_output_bias: Bias::Never,
         ffn_bias: Bias::Never,
-        ..llama::decoder(keys, Pairing::Half)?
+        ..decoder::decoder(keys, NormKind::Rms, Some(Pairing::Half))?
     })
 }

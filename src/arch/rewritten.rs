@@ -52,7 +52,7 @@ pub(super) fn read(gguf: &Gguf, hparams: &mut Hparams) -> Result<()> {
     }
     let keys = per_head(KEY_LENGTHS, key_dim, key_dim)?;
     let values = per_head(VALUE_LENGTHS, value_dim, value_dim)?;
-    let all_planes = hparams.rope.as_ref().map_or(0, |rope| rope.dim / 2);
+    let all_planes = hparams.ropes.first().map_or(0, |rope| rope.dim / 2);
     let planes = match numbers(gguf, PLANES)? {
         None => None,
         Some(all) => {
@@ -81,7 +81,7 @@ pub(super) fn read(gguf: &Gguf, hparams: &mut Hparams) -> Result<()> {
             let own = own.filter(|own| !own.iter().copied().eq(0..all_planes));
             let rotated = 2 * own.as_ref().map_or(all_planes, Vec::len);
             let head = KvHead { score_dim: keys[at], value_dim: values[at], planes: own };
-            if layer.rotates && rotated > head.score_dim {
+            if layer.rope.is_some() && rotated > head.score_dim {
                 bad_file!(
                     "key \"{KEY_LENGTHS}\", kv head {at}: {}; its planes need {rotated}",
                     head.score_dim
@@ -99,7 +99,7 @@ pub(super) fn read(gguf: &Gguf, hparams: &mut Hparams) -> Result<()> {
 
 /// Writes what is read back: the kv heads of every layer.
 pub fn write(writer: &mut Writer, hparams: &Hparams, layers: &[Vec<KvHead>]) -> Result<()> {
-    let all_planes: Vec<usize> = (0..hparams.rope.as_ref().map_or(0, |r| r.dim / 2)).collect();
+    let all_planes: Vec<usize> = (0..hparams.ropes.first().map_or(0, |r| r.dim / 2)).collect();
     let heads = || layers.iter().flatten();
     let planes = |head: &'_ KvHead| head.planes.clone().unwrap_or_else(|| all_planes.clone());
     let mut put = |key: &str, numbers: Vec<usize>| {

@@ -21,11 +21,14 @@ impl Rope {
         let plain = |i: usize| libm::pow(base, -(2.0 * i as f64) / self.dim as f64);
         let divided = |i: usize| plain(i) / divisors.map_or(1.0, |d| f64::from(d[i]));
         match self.scaling {
-            Scaling::None => ((0..half).map(divided).collect(), 1.0),
-            Scaling::Linear { factor } => {
-                ((0..half).map(|i| divided(i) / f64::from(factor)).collect(), 1.0)
+            Scaling::None | Scaling::Long { .. } => {
+                ((0..half).map(divided).collect(), self.attn_factor)
             }
-            Scaling::Yarn { factor, n_ctx_orig, attn_factor, beta_fast, beta_slow } => {
+            Scaling::Linear { factor } => {
+                let scaled = |i: usize| divided(i) / f64::from(factor);
+                ((0..half).map(scaled).collect(), self.attn_factor)
+            }
+            Scaling::Yarn { factor, n_ctx_orig, beta_fast, beta_slow } => {
                 let ramp = yarn_ramp(self, n_ctx_orig, beta_fast, beta_slow);
                 let scaled = |i: usize| {
                     let keep = ramp(i);
@@ -33,7 +36,7 @@ impl Rope {
                 };
                 // YaRN, section 3.4: sqrt(1/t) = 0.1 ln(s) + 1, on queries and keys alike.
                 let magnitude = 0.1 * libm::log(f64::from(factor)) + 1.0;
-                ((0..half).map(scaled).collect(), magnitude as f32 * attn_factor)
+                ((0..half).map(scaled).collect(), magnitude as f32 * self.attn_factor)
             }
         }
     }

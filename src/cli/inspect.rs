@@ -142,7 +142,7 @@ fn layers(gguf: &Gguf) -> Result<Vec<Map<String, Json>>> {
             "n_head_kv": g.n_head_kv(),
             "score_dim": alike(g.kv.iter().map(|kv| kv.score_dim)),
             "value_dim": alike(g.kv.iter().map(|kv| kv.value_dim)),
-            "rope_dim": hparams.rope.as_ref().filter(|_| hparams.layers[i].rotates).map(|r| r.dim),
+            "rope_dim": hparams.rope(i).map(|r| r.dim),
             "window": hparams.layers[i].window,
             "cached_per_token": g.cached(),
             "form": form,

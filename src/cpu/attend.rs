@@ -277,7 +277,9 @@ impl Buffers {
             }
         });
         pass.crew.chunks(scores, width, |_, head, row| {
-            runs.weigh(row, &visible, |scores| attention.weigh(position, head, scores));
+            runs.weigh(row, &visible, |scores| {
+                attention.weigh((position, &visible), head, scores);
+            });
         });
         let widest = g.kv.iter().map(|kv| kv.value_dim).max().unwrap_or(0);
         let n_tasks = widest.div_ceil(VALUES_PER_TASK);
@@ -339,7 +341,10 @@ impl Buffers {
             }
             for (r, row) in scores.chunks_exact_mut(width).enumerate() {
                 let (t, h) = (tokens.start + r / per_kv, head * per_kv + r % per_kv);
-                runs.weigh(row, &visible(t), |scores| attention.weigh(n_past + t, h, scores));
+                let visible = visible(t);
+                runs.weigh(row, &visible, |scores| {
+                    attention.weigh((n_past + t, &visible), h, scores);
+                });
             }
             out.resize(n_rows * value_dim, 0.0);
             let weights = rows(n_rows, scores, width);

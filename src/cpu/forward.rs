@@ -8,10 +8,11 @@ use super::attend::MixBuffers;
 use super::kernels::{Activations, Copies, LANES, Scratch};
 use super::latent::{LatentBuffers, Tiles};
 use super::observe::Observer;
-use super::ops::{Rotation, activate, norm_row};
+use super::ops::{Rotation, Rotations, activate, norm_row, norm_with};
 use super::rows::Rows;
 use super::threads::{Columns, Crew, Team};
 use super::weights::{LayerMatrices, Matrices, Matrix};
+use crate::arch::QkNorm;
 use crate::error::Result;
 use crate::merge::Kept;
 use crate::model::{Layer, Model, NormWeight};
@@ -28,7 +29,7 @@ const MIN_ROWS: usize = 32;
 pub struct Engine {
     team: Team,
     n_threads: Threads,
-    rotation: Option<Rotation>,
+    rotations: Rotations,
     matrices: Matrices,
     buffers: Buffers,
 }
@@ -53,8 +54,8 @@ pub(super) struct Buffers {
     /// `[n, n_ff]`
     gate: Vec<f32>,
     up: Rows,
-    /// Cosines and sines. `[n]`, each `[rope.dim / 2]`
-    angles: Vec<Vec<[f32; 2]>>,
+    /// Cosines and sines, for each of the model's rotations. `[n]`, each `[rope.dim / 2]`
+    angles: Vec<Vec<Vec<[f32; 2]>>>,
     /// Where rows are cached that keys and values are made of.
     pub(super) latent: LatentBuffers,
     /// One for each thread.
@@ -94,12 +95,11 @@ impl Engine {
     /// own. `exact`: activations are never rounded to be multiplied with weights.
     pub fn new(model: &Model, n_threads: Threads, pin: bool, exact: bool) -> Result<Engine> {
         let team = Team::new(n_threads.most(), pin)?;
-        let rope = model.hparams.rope.as_ref();
-        let rotation = rope.map(|r| Rotation::new(r, model.rope_freqs.as_deref()));
+        let rotations = Rotations::new(model);
         let matrices = Matrices::new(model, &team, exact)?;
         let mut buffers = Buffers::default();
         buffers.threads.resize_with(team.n_threads(), ThreadBuffers::default);
-        Ok(Engine { team, n_threads, rotation, matrices, buffers })
+        Ok(Engine { team, n_threads, rotations, matrices, buffers })
     }
 
     /// The same for the model in other forms, with as many threads.
@@ -143,7 +143,8 @@ impl Engine {
         observer: Option<&dyn Observer>,
         logits: &mut Vec<f32>,
     ) {
-        let Engine { team, n_threads, rotation, matrices, buffers } = self;
+        let Engine { team, n_threads, rotations, matrices, buffers } = self;
+        let rotations = rotations.within(cache.n_ctx());
         let n = if tokens.len() == 1 { n_threads.one } else { n_threads.batch };
         team.enter(n, |crew| {
             let mut start = 0;
@@ -152,27 +153,28 @@ impl Engine {
                 let end = model.together(n_past + start..end, prompt) - n_past;
                 let part = |at: usize| at.clamp(start, end) - start;
                 let wanted = part(wanted.start)..part(wanted.end).max(part(wanted.start));
-                let rotation = rotation.as_ref();
                 let n_past = n_past + start;
-                let pass = Pass { crew, model, rotation, matrices, observer, n_past, prompt };
+                let pass = Pass { crew, model, rotations, matrices, observer, n_past, prompt };
                 buffers.forward(&pass, cache, &tokens[start..end], wanted, logits);
                 start = end;
             }
         });
     }
 
-    /// Enters the team for work on a batch that begins at position 0 and is no prompt.
+    /// Enters the team for work on a batch that begins at position 0 and is no prompt, in a context
+    /// of `n_ctx` tokens.
     pub(super) fn in_pass(
         &mut self,
         model: &Model,
+        n_ctx: usize,
         observer: Option<&dyn Observer>,
         work: impl FnOnce(&Pass, &mut Buffers) + Send,
     ) {
-        let Engine { team, n_threads, rotation, matrices, buffers } = self;
+        let Engine { team, n_threads, rotations, matrices, buffers } = self;
+        let rotations = rotations.within(n_ctx);
         team.enter(n_threads.batch, |crew| {
-            let rotation = rotation.as_ref();
             let (n_past, prompt) = (0, &(0..0));
-            work(&Pass { crew, model, rotation, matrices, observer, n_past, prompt }, buffers);
+            work(&Pass { crew, model, rotations, matrices, observer, n_past, prompt }, buffers);
         });
     }
 }
@@ -181,13 +183,20 @@ impl Engine {
 pub(super) struct Pass<'a> {
     pub(super) crew: &'a Crew,
     pub(super) model: &'a Model,
-    pub(super) rotation: Option<&'a Rotation>,
+    rotations: &'a [Rotation],
     pub(super) matrices: &'a Matrices,
     pub(super) observer: Option<&'a dyn Observer>,
     /// Position of the batch's first token.
     n_past: usize,
     /// Positions of a prompt.
     pub(super) prompt: &'a Range<usize>,
+}
+
+impl Pass<'_> {
+    /// The rotation of a layer.
+    pub(super) fn rotation(&self, layer: usize) -> Option<&Rotation> {
+        self.rotations.get(self.model.hparams.layers[layer].rope?)
+    }
 }
 
 impl Buffers {
@@ -219,7 +228,13 @@ impl Buffers {
         let hp = &pass.model.hparams;
         self.x.resize(tokens.len() * hp.n_embd, 0.0);
         self.added.resize(hp.n_embd, 0.0);
-        self.angles.resize(tokens.len(), Vec::new());
+        self.angles.resize(pass.rotations.len(), Vec::new());
+        for (rotation, angles) in pass.rotations.iter().zip(&mut self.angles) {
+            angles.resize(tokens.len(), Vec::new());
+            for (i, angles) in angles.iter_mut().enumerate() {
+                rotation.angles(pass.n_past + i, angles);
+            }
+        }
         for (i, (x, token)) in self.x.chunks_exact_mut(hp.n_embd).zip(tokens).enumerate() {
             let embd = &pass.model.token_embd;
             embd.format.dequantize(embd.row(*token as usize), x);
@@ -228,14 +243,14 @@ impl Buffers {
                 embd.format.dequantize(embd.row(pass.n_past + i), &mut self.added);
                 simd::add(x, &self.added);
             }
-            if let Some(rotation) = pass.rotation {
-                rotation.angles(pass.n_past + i, &mut self.angles[i]);
+            if let Some(norm) = &pass.model.embedding_norm {
+                norm_row(hp.norm, norm, x);
             }
         }
     }
 
-    /// `x += attention(norm(x)); x += ffn(norm(x))`, or both from one norm where the model says
-    /// so. Keys and values are those of all tokens; only the tokens in `rest` stay in `x`.
+    /// `x += attention(norm(x)); x += ffn(norm(x))`, or both from one `x` where the model says so.
+    /// Keys and values are those of all tokens; only the tokens in `rest` stay in `x`.
     pub(super) fn layer(&mut self, pass: &Pass, i: usize, cache: &mut KvCache, rest: Range<usize>) {
         self.attention(pass, i, cache, rest.clone());
         if rest.is_empty() {
@@ -243,9 +258,15 @@ impl Buffers {
         }
         let layer = &pass.model.layers[i];
         let w = &pass.matrices.layers[i];
+        // In a parallel layer before `x` changes, unless the FFN reads what attention has read.
+        let norm = layer.ffn_norm.as_ref();
+        let is_parallel = pass.model.hparams.parallel;
+        if is_parallel && norm.is_some() {
+            self.norm(pass, norm, w.ffn_copies());
+        }
         self.add_product(pass, &w.attn_output, Source::Heads, layer.post_attention_norm.as_ref());
-        if let Some(weight) = &layer.ffn_norm {
-            self.norm(pass, weight, w.ffn_copies());
+        if !is_parallel {
+            self.norm(pass, norm, w.ffn_copies());
         }
         self.ffn(pass, w, rest.len());
         self.add_product(pass, &w.ffn_down, Source::Up, layer.post_ffw_norm.as_ref());
@@ -263,8 +284,9 @@ impl Buffers {
         let layer = &pass.model.layers[i];
         let w = &pass.matrices.layers[i];
         let n = self.x.len() / hp.n_embd;
-        let others = if hp.parallel { w.ffn_copies() } else { Copies::default() };
-        self.norm(pass, &layer.attn_norm, w.qkv_copies() | others);
+        let is_shared = hp.parallel && layer.ffn_norm.is_none();
+        let others = if is_shared { w.ffn_copies() } else { Copies::default() };
+        self.norm(pass, layer.attn_norm.as_ref(), w.qkv_copies() | others);
         let looks = pass.observer.filter(|o| o.wants_heads(i));
         let kept = match looks {
             Some(_) => Kept::KeysAndValues,
@@ -281,7 +303,7 @@ impl Buffers {
         if rest.len() < n {
             keep(&mut self.x, hp.n_embd, &rest);
             keep(&mut self.q, pass.model.attention[i].geometry.query_width(), &rest);
-            if hp.parallel {
+            if is_shared {
                 keep(&mut self.normed.floats, hp.n_embd, &rest);
                 self.normed.resize(rest.len(), hp.n_embd);
                 self.normed.finish(pass.crew, w.ffn_copies(), |_, _| {});
@@ -304,14 +326,16 @@ impl Buffers {
         }
     }
 
-    /// A normed copy of the residual stream.
-    fn norm(&mut self, pass: &Pass, weight: &NormWeight, copies: Copies) {
+    /// A copy of the residual stream, normed if there is a norm.
+    fn norm(&mut self, pass: &Pass, weight: Option<&NormWeight>, copies: Copies) {
         let hp = &pass.model.hparams;
         let Buffers { x, normed, .. } = self;
         normed.resize(x.len() / hp.n_embd, hp.n_embd);
         normed.finish(pass.crew, copies, |t, row| {
             row.copy_from_slice(&x[t * hp.n_embd..(t + 1) * hp.n_embd]);
-            norm_row(hp.norm, weight, row);
+            if let Some(weight) = weight {
+                norm_row(hp.norm, weight, row);
+            }
         });
     }
 
@@ -344,8 +368,8 @@ impl Buffers {
         match pass.model.attention[i].geometry.kept {
             Kept::KeysAndValues => cache.store(crew, i, n_past, &self.k, &self.v),
             Kept::Keys { n_planes } => {
-                if n_planes > 0 {
-                    cache.turn(n_past, &self.angles);
+                if let Some(rope) = pass.model.hparams.layers[i].rope.filter(|_| n_planes > 0) {
+                    cache.turn(n_past, &self.angles[rope]);
                 }
                 cache.store(crew, i, n_past, &self.k, &[]);
             }
@@ -353,15 +377,21 @@ impl Buffers {
         }
     }
 
-    /// Norms heads of queries and keys, and drops what the layer has no planes for.
+    /// Norms queries and keys, and drops what the layer has no planes for.
     fn norm_heads(&mut self, pass: &Pass, (i, layer): (usize, &Layer)) {
         let Some((q_norm, k_norm)) = &layer.qk_norm else { return };
         let hp = &pass.model.hparams;
         let g = &pass.model.attention[i].geometry;
-        for (x, norm) in [(&mut self.q, q_norm), (&mut self.k, k_norm)] {
-            pass.crew.chunks(x, hp.key_dim, |_, _, head| norm_row(hp.norm, norm, head));
+        for (x, NormWeight { weight, .. }) in [(&mut self.q, q_norm), (&mut self.k, k_norm)] {
+            let width = match hp.qk_norm {
+                Some(QkNorm::Row) => weight.len(),
+                _ => hp.key_dim,
+            };
+            pass.crew.chunks(x, width, |_, at, x| {
+                norm_with(hp.norm, &weight[at * width % weight.len()..][..width], x);
+            });
         }
-        let Some(rotation) = pass.rotation.filter(|_| hp.layers[i].rewritten.is_some()) else {
+        let Some(rotation) = pass.rotation(i).filter(|_| hp.layers[i].rewritten.is_some()) else {
             return;
         };
         for (x, per_kv) in [(&mut self.q, g.per_kv()), (&mut self.k, 1)] {
@@ -380,13 +410,12 @@ impl Buffers {
     /// Rotates queries and those keys that are cached so, and scales queries by what scores are scaled
     /// with.
     fn rotate(&mut self, pass: &Pass, i: usize, n: usize) {
-        let hp = &pass.model.hparams;
-        let rotation = pass.rotation.filter(|_| hp.layers[i].rotates);
+        let rotation = pass.rotation(i).zip(pass.model.hparams.layers[i].rope);
         let attention = &pass.model.attention[i];
-        let (g, scale) = (&attention.geometry, attention.scale());
-        let angles = &self.angles;
+        let g = &attention.geometry;
         let of_kv = |t: usize, kv: usize, x: &mut [f32]| {
-            let Some(rotation) = rotation else { return };
+            let Some((rotation, rope)) = rotation else { return };
+            let angles = &self.angles[rope];
             rotation.rotate(&angles[t], g.kv[kv].planes.as_deref(), x);
         };
         let width = self.q.len() / n;
@@ -398,7 +427,7 @@ impl Buffers {
                 of_kv(t, kv, x);
                 rest = next;
             }
-            simd::scale(row, scale);
+            simd::scale(row, attention.scale(pass.n_past + t));
         });
         if rotation.is_none() || g.kept != Kept::KeysAndValues {
             return;
@@ -486,7 +515,7 @@ impl Buffers {
     fn logits(&mut self, pass: &Pass, n: usize, logits: &mut Vec<f32>) {
         let hp = &pass.model.hparams;
         let w = &pass.matrices.output;
-        self.norm(pass, &pass.model.output_norm, w.copies);
+        self.norm(pass, Some(&pass.model.output_norm), w.copies);
         let start = logits.len();
         logits.resize(start + n * hp.n_vocab, 0.0);
         let out = &mut logits[start..];

@@ -94,7 +94,7 @@ impl Stored<'_> {
         for (i, panel) in tiles.tile.chunks_exact_mut(whole).enumerate() {
             let at = run.start / LANES + i;
             self.unpack(head, at, 0, panel);
-            if let Some(rotation) = pass.rotation {
+            if let Some(rotation) = pass.rotation(self.layer) {
                 tiles::rotate(panel, self.cache.angles(at, n_planes), rotation.pairing());
             }
         }
@@ -165,7 +165,7 @@ impl Buffers {
                 if let Some(shift) = shifts.get(head).filter(|shift| **shift != 0.0) {
                     simd::shift(scores, *shift);
                 }
-                attention.weigh(position, head, scores);
+                attention.weigh((position, &visible), head, scores);
             });
         });
         self.mix_latent(pass, stored, &runs);
@@ -358,7 +358,7 @@ impl Buffers {
                 // SAFETY: tasks have rows of their own.
                 unsafe { spread(&own.tiles.tile[..dim], rows.clone(), at.start, out) };
                 let Kept::Keys { n_planes } = g.kept else { continue };
-                if let Some(rotation) = pass.rotation.filter(|_| n_planes > 0) {
+                if let Some(rotation) = pass.rotation(stored.layer).filter(|_| n_planes > 0) {
                     let angles = stored.cache.angles(panel, n_planes);
                     tiles::rotate(&mut own.tiles.tile, angles, rotation.pairing());
                 }

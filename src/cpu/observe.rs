@@ -80,7 +80,7 @@ pub struct Seen<'a> {
     pub position: usize,
     /// Cached tokens, those of the batch included.
     pub n_keys: usize,
-    /// What the normalizer gets: scaled and, where the model does so, capped; minus infinity where
+    /// What the normalizer gets: scaled and, where the model does so, biased and capped; minus infinity where
     /// the mask hides the key. `[n, n_keys]`
     pub scores: &'a [f32],
     /// What the normalizer makes of them. `[n, n_keys]`
@@ -172,7 +172,7 @@ impl Buffers {
             for (t, row) in padded.chunks_exact_mut(width).enumerate() {
                 let (visible, at) = (visible(t), t * n_keys..(t + 1) * n_keys);
                 runs.weigh(row, &visible, |row| {
-                    attention.cap(row);
+                    attention.bias((position + t, &visible), head, row);
                     visible.spread(row, &mut scores[at.clone()]);
                     attention.normalize(position + t, head, row);
                     visible.spread(row, &mut weights[at]);
@@ -218,14 +218,14 @@ impl Engine {
     ) -> Result<()> {
         let mut streams = Vec::new();
         for tokens in windows {
-            self.in_pass(model, None, |pass, buffers| {
+            self.in_pass(model, cache.n_ctx(), None, |pass, buffers| {
                 buffers.embed(pass, tokens);
                 streams.push(std::mem::take(&mut buffers.x));
             });
         }
         for layer in 0..model.layers.len() {
             for x in &streams {
-                self.in_pass(model, Some(observer), |pass, buffers| {
+                self.in_pass(model, cache.n_ctx(), Some(observer), |pass, buffers| {
                     buffers.x.clone_from(x);
                     buffers.attention(pass, layer, cache, 0..x.len() / model.hparams.n_embd);
                 });
@@ -234,7 +234,7 @@ impl Engine {
                 break;
             }
             for x in &mut streams {
-                self.in_pass(model, None, |pass, buffers| {
+                self.in_pass(model, cache.n_ctx(), None, |pass, buffers| {
                     std::mem::swap(&mut buffers.x, x);
                     buffers.layer(pass, layer, cache, 0..buffers.x.len() / model.hparams.n_embd);
                     std::mem::swap(&mut buffers.x, x);

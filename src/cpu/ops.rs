@@ -1,28 +1,65 @@
 //! The operations of the forward pass on single rows.
 
-use crate::arch::{Activation, Norm, NormKind, Pairing, Rope};
-use crate::model::NormWeight;
+use crate::arch::{Activation, Norm, NormKind, Pairing, Rope, Scaling};
+use crate::model::{Model, NormWeight};
 use crate::simd;
 
 /// Norms one row in place.
 pub(super) fn norm_row(kind: Norm, w: &NormWeight, x: &mut [f32]) {
+    norm_with(kind, &w.weight, x);
+    if let Some(bias) = &w.bias {
+        simd::add(x, bias);
+    }
+}
+
+/// The same without a bias.
+pub(super) fn norm_with(kind: Norm, weight: &[f32], x: &mut [f32]) {
     let n = x.len() as f32;
     let mean = match kind.kind {
         NormKind::Rms => 0.0,
         NormKind::Layer => simd::sum(x) / n,
     };
     let variance = simd::squares(x, mean) / n;
-    simd::shift_scale(x, mean, 1.0 / (variance + kind.eps).sqrt(), &w.weight);
-    if let Some(bias) = &w.bias {
-        simd::add(x, bias);
-    }
+    simd::shift_scale(x, mean, 1.0 / (variance + kind.eps).sqrt(), weight);
 }
 
 /// The FFN's nonlinearity, in place.
 pub(super) fn activate(kind: Activation, x: &mut [f32]) {
     match kind {
         Activation::Silu => simd::silu(x),
+        Activation::Gelu => simd::gelu(x),
         Activation::GeluTanh => simd::gelu_tanh(x),
+    }
+}
+
+/// The rotations of a model.
+pub(super) struct Rotations {
+    short: Vec<Rotation>,
+    /// Those in contexts of more tokens than this, where they are others.
+    long: Option<(usize, Vec<Rotation>)>,
+}
+
+impl Rotations {
+    /// With the divisors of frequencies that the model's file has.
+    pub(super) fn new(model: &Model) -> Rotations {
+        let ropes = &model.hparams.ropes;
+        let all = |n_ctx: usize| {
+            let divisors = model.rope_divisors(n_ctx);
+            ropes.iter().map(|rope| Rotation::new(rope, divisors)).collect()
+        };
+        let long = match ropes.first().map(|rope| rope.scaling) {
+            Some(Scaling::Long { n_ctx_orig }) => Some((n_ctx_orig, all(usize::MAX))),
+            _ => None,
+        };
+        Rotations { short: all(0), long }
+    }
+
+    /// Those in a context of `n_ctx` tokens.
+    pub(super) fn within(&self, n_ctx: usize) -> &[Rotation] {
+        match &self.long {
+            Some((n_ctx_orig, long)) if n_ctx > *n_ctx_orig => long,
+            _ => &self.short,
+        }
     }
 }
 

@@ -48,7 +48,7 @@ impl Form for Absorb {
 
 /// Refuses layers where more than a product and a rotation makes keys and values.
 pub(super) fn not_between(site: &Site) -> Verdict {
-    if site.hparams.qk_norm {
+    if site.hparams.qk_norm.is_some() {
         return Err("keys are normed after they are made, which cached rows are not".into());
     }
     if site.at().rewritten.is_some() {

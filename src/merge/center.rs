@@ -83,7 +83,7 @@ fn centered(layer: &Trained, grams: Option<&Grams>) -> Rewritten {
     let geometry = Geometry::new(site.at().n_head, hp.kv_heads(site.at()));
     let per_kv = geometry.per_kv();
     let n = geometry.n_head_kv();
-    if !site.rotates() && !hp.qk_norm {
+    if !site.rotates() && hp.qk_norm.is_none() {
         let means = grams.map(|g| g.key_means.concat());
         take(&mut w.k.bias, means);
     }

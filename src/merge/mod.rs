@@ -100,7 +100,7 @@ impl Site<'_> {
 
     /// Whether queries and keys are rotated by their positions.
     pub fn rotates(&self) -> bool {
-        self.hparams.rope.is_some() && self.at().rotates
+        self.at().rope.is_some()
     }
 }
 

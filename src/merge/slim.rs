@@ -49,6 +49,10 @@ impl Form for Slim {
                 "keys have {n} heads of {dim} elements, the model is {width} wide: W_K has no inverse"
             ));
         }
+        // One table of angles serves all layers.
+        if site.rotates() && site.hparams.ropes.len() > 1 {
+            return Err("the model has several rotations; angles of one are kept".into());
+        }
         not_between(site)
     }
 
@@ -57,7 +61,7 @@ impl Form for Slim {
     }
 
     fn geometry(&self, hparams: &Hparams, layer: &LayerHparams) -> Geometry {
-        let rope = hparams.rope.as_ref().filter(|_| layer.rotates);
+        let rope = layer.rope.and_then(|i| hparams.ropes.get(i));
         let kept = Kept::Keys { n_planes: rope.map_or(0, |rope| rope.dim / 2) };
         Geometry { kept, ..Geometry::new(layer.n_head, hparams.kv_heads(layer)) }
     }

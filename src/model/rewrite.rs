@@ -49,7 +49,7 @@ impl Model {
     pub fn site(&self, layer: usize, normalizers: &[normalizer::Choice]) -> Site<'_> {
         // A cap on scores sees constants that are added to them.
         let is_capped = self.hparams.attn_softcap.is_some();
-        let rope = self.hparams.rope.as_ref().filter(|_| self.hparams.layers[layer].rotates);
+        let rope = self.hparams.rope(layer);
         Site {
             hparams: &self.hparams,
             layer,

@@ -47,14 +47,14 @@ impl Model {
     /// What all heads of all layers are, if it is one thing, and such that a plain file can say it.
     fn one_head(&self, layers: &[NewLayer]) -> Result<KvHead> {
         let hp = &self.hparams;
-        if hp.rope.as_ref().is_none_or(|rope| rope.dim != hp.key_dim) || hp.qk_norm {
+        if hp.ropes.first().is_none_or(|rope| rope.dim != hp.key_dim) || hp.qk_norm.is_some() {
             bad_usage!(
                 "--stock: a plain file of the architecture {} has no other widths of heads; allowed \
                  where whole heads are rotated, and not normed",
                 hp.arch
             );
         }
-        if hp.rope.as_ref().is_some_and(|rope| rope.pairing != Pairing::Adjacent) {
+        if hp.ropes.iter().any(|rope| rope.pairing != Pairing::Adjacent) {
             bad_usage!(
                 "--stock: other programs read divisors of frequencies only where adjacent elements are \
                  rotated together; {} is not so",
@@ -98,10 +98,13 @@ impl Model {
 
     /// What frequencies of a rotation of as many planes have to be divided by to be those of `planes`.
     fn divisors(&self, planes: &[usize]) -> Result<Vec<f32>> {
-        let Some(rope) = &self.hparams.rope else { return Ok(Vec::new()) };
-        if matches!(rope.scaling, Scaling::Yarn { .. }) {
+        let Some(rope) = self.hparams.ropes.first() else { return Ok(Vec::new()) };
+        if matches!(rope.scaling, Scaling::Yarn { .. } | Scaling::Long { .. })
+            || self.hparams.ropes.len() > 1
+        {
             bad_usage!(
-                "--stock: planes of a rotation scaled by YaRN cannot be dropped in a plain file"
+                "--stock: planes of a rotation that is scaled by YaRN or LongRoPE, or differs between \
+                 layers, cannot be dropped in a plain file"
             );
         }
         let rotation = |dim: usize, divisors: Option<&[f32]>| {

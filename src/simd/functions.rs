@@ -343,6 +343,25 @@ per_level! {
     }
 }
 
+/// `x P(X <= x)` for `X` of the normal distribution, with erfc by Abramowitz and Stegun 7.1.26.
+#[inline(always)]
+fn gelu1(x: f32) -> f32 {
+    let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
+    let t = 1.0 / (1.0 + 0.327_591_1 * z);
+    let p = ((1.061_405_4 * t - 1.453_152) * t + 1.421_413_7) * t - 0.284_496_73;
+    let tail = 0.5 * x * ((p * t + 0.254_829_6) * t * exp1(-z * z));
+    if x > 0.0 { x - tail } else { tail }
+}
+
+per_level! {
+    /// GELU (arXiv 1606.08415), to about `1e-7 |x|`.
+    pub fn gelu(x: &mut [f32]) {
+        for x in x {
+            *x = gelu1(*x);
+        }
+    }
+}
+
 per_level! {
     /// `x = cap * tanh(x / cap)`.
     pub fn softcap(x: &mut [f32], cap: f32) {
@@ -429,6 +448,21 @@ per_level! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gelu_is_accurate() {
+        let mut worst = 0.0f64;
+        for i in -120_000..120_000 {
+            let x = i as f32 * 1e-4;
+            let wide = f64::from(x);
+            let exact = 0.5 * wide * libm::erfc(-wide * std::f64::consts::FRAC_1_SQRT_2);
+            let mut row = [x; LANES + 1];
+            gelu(&mut row);
+            assert!(row.iter().all(|y| y.to_bits() == row[0].to_bits()));
+            worst = worst.max((f64::from(row[0]) - exact).abs() / wide.abs().max(1.0));
+        }
+        assert!(worst < 2e-7, "{worst}");
+    }
 
     #[test]
     fn exp_is_accurate() {

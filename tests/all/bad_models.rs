@@ -215,7 +215,7 @@ fn rules_between_keys() {
     says("wide", set("llama.rope.dimension_count", 6), &["dimension_count = 6", odd]);
     says("experts", set("llama.expert_count", 8), &["= 8; mixtures of experts are not supported"]);
     let scaling = hparams(&all_keys().set("llama.rope.scaling.type", "long\nrope"));
-    says("scaling", scaling, &["= \"long\\nrope\"; allowed none, linear, yarn"]);
+    says("scaling", scaling, &["= \"long\\nrope\"; allowed none, linear, yarn, longrope"]);
 
     let known: Vec<&str> = ARCHS.iter().map(|a| a.name).collect();
     let known = format!("known: {}", known.join(", "));

@@ -35,10 +35,12 @@ fn wide(model: &Model, layer: usize, head: usize) -> [Mat<f64>; 2] {
     let (d, dim) = (hp.n_embd, hp.key_dim);
     let kv = head / (hp.layers[layer].n_head / hp.layers[layer].n_head_kv);
     let w = model.weights(layer);
-    let gain = &model.layers[layer].attn_norm.weight;
+    let gain = &model.layers[layer].attn_norm.as_ref().unwrap().weight;
     let norms = model.layers[layer].qk_norm.as_ref();
-    let after =
-        |c: usize| norms.map_or(1.0, |n| f64::from(n.0.weight[c]) * f64::from(n.1.weight[c]));
+    let after = |c: usize| {
+        let gain = |norm: &NormWeight, head: usize| f64::from(norm.weight[head * dim + c]);
+        norms.map_or(1.0, |n| gain(&n.0, head) * gain(&n.1, kv))
+    };
     let row = |w: &qkov::merge::Dense, i: usize, e: usize| f64::from(w.data[i * w.n_in + e]);
     let read = |w: &qkov::merge::Dense, i: usize, e: usize| row(w, i, e) * f64::from(gain[e]);
     let qk = |i: usize, j: usize| -> f64 {
@@ -95,25 +97,17 @@ fn thin_factors_say_what_products_say() {
     for name in NAMES {
         assert_products(&golden(name), name);
     }
-    // No architecture has norms of heads yet, but their gains are part of the product.
-    let mut model = golden("llama");
-    let weight =
-        |seed: usize| (0..model.hparams.key_dim).map(move |i| ((i + seed) % 5) as f32 - 1.5);
-    let norm = |seed: usize| NormWeight { weight: weight(seed).collect(), bias: None };
-    let norms = (norm(0), norm(2));
-    model.layers[1].qk_norm = Some(norms);
-    assert_products(&model, "llama with norms of heads");
 }
 
 #[test]
 fn planes_share_the_energy() {
     let model = golden("llama");
     let hp = &model.hparams;
-    let rope = hp.rope.as_ref().unwrap();
+    let rope = &hp.ropes[0];
     for circuit in circuits(&model, &all(&model)).unwrap() {
         let w = model.weights(circuit.layer);
         let kv = circuit.head / (hp.layers[0].n_head / hp.layers[0].n_head_kv);
-        let gain = &model.layers[circuit.layer].attn_norm.weight;
+        let gain = &model.layers[circuit.layer].attn_norm.as_ref().unwrap().weight;
         let size = |w: &qkov::merge::Dense, i: usize| -> f64 {
             let row = w.data[i * w.n_in..][..w.n_in].iter().zip(gain);
             row.map(|(w, g)| (f64::from(*w) * f64::from(*g)).powi(2)).sum()
@@ -249,7 +243,7 @@ fn patterns_are_scores_and_messages_are_outputs() {
         // What a first layer reads is known: the token's embedding and, where there is one, the position's.
         for reading in readings.iter().filter(|r| r.layer == 0) {
             let (w, hp) = (model.weights(0), &model.hparams);
-            let norm = &model.layers[0].attn_norm;
+            let norm = model.layers[0].attn_norm.as_ref().unwrap();
             let normed = |token: usize, position: usize| -> Vec<f64> {
                 let mut x = row(&model.token_embd, token);
                 x.iter_mut().for_each(|x| *x *= f64::from(hp.embedding_scale));

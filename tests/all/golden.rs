@@ -1,5 +1,5 @@
-//! Models against Hugging Face `transformers`: `tests/golden/arch.py` describes the files, and
-//! `tests/golden/normalizers.py` those of a model whose softmax is replaced.
+//! Models against Hugging Face `transformers`: `tests/golden/arch.py` and `families.py` describe the
+//! files, and `normalizers.py` those of a model whose softmax is replaced.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -24,9 +24,8 @@ struct Golden {
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 
 fn goldens() -> Vec<Golden> {
-    records("arch.bin", |name| {
-        Model::open(&Path::new(FOLDER).join(format!("{name}.gguf"))).unwrap()
-    })
+    let model = |name: &str| Model::open(&Path::new(FOLDER).join(format!("{name}.gguf"))).unwrap();
+    ["arch.bin", "families.bin"].into_iter().flat_map(|file| records(file, model)).collect()
 }
 
 /// The first model, with each of some normalizers.
@@ -73,16 +72,23 @@ fn records(file: &str, model: impl Fn(&str) -> Model) -> Vec<Golden> {
 
 impl Golden {
     fn session(&self, cache: CacheType, n_threads: usize) -> Session {
-        let n_threads = Threads { one: n_threads, batch: n_threads };
-        let options = Options { n_threads, cache: (cache, cache), ..Options::default() };
-        Session::new(self.model.clone(), &options).unwrap()
+        self.open(cache, n_threads, false)
     }
 
     /// One whose activations are never rounded.
     fn exact(&self, cache: CacheType) -> Session {
-        let n_threads = Threads { one: 2, batch: 2 };
-        let options =
-            Options { n_threads, cache: (cache, cache), exact: true, ..Options::default() };
+        self.open(cache, 2, true)
+    }
+
+    fn open(&self, cache: CacheType, n_threads: usize, exact: bool) -> Session {
+        let options = Options {
+            // Divisors of frequencies may depend on it.
+            n_ctx: Some(self.tokens.len() + self.follow.len()),
+            n_threads: Threads { one: n_threads, batch: n_threads },
+            cache: (cache, cache),
+            exact,
+            ..Options::default()
+        };
         Session::new(self.model.clone(), &options).unwrap()
     }
 

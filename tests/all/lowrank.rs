@@ -116,7 +116,7 @@ fn what_carries_nothing_can_go() {
             } else if is("attn_v") {
                 deficient(data, n, dim, 4);
             } else if is("attn_k") {
-                let pairing = hp.rope.as_ref().unwrap().pairing;
+                let pairing = hp.ropes[0].pairing;
                 for head in data.chunks_exact_mut(n * dim) {
                     for i in pairing.pair(2, dim / 2) {
                         head[i * n..(i + 1) * n].fill(0.0);

@@ -15,6 +15,7 @@ mod circuits;
 mod cli;
 mod compare;
 mod export;
+mod families;
 mod forms;
 mod golden;
 mod layers;

@@ -123,22 +123,31 @@ MODELS = [
 ]
 
 
-def fill(model, ty):
-    """Random weights as the file's format can hold them."""
-    g = torch.Generator().manual_seed(2026)
+# What makes queries and keys.
+PEAKED = ("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn")
+
+
+def is_head_norm(name):
+    return any(s in name for s in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"))
+
+
+def fill(model, ty, seed=2026, has_one_added=lambda name: False):
+    """Random weights as the file's format can hold them, where it holds some of them with 1 added."""
+    g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.empty(p.shape, dtype=torch.float64).normal_(generator=g)
         n_in = p.shape[0] if "c_" in name else p.shape[-1]
-        if p.dim() == 1:
+        if p.dim() == 1 or is_head_norm(name):
             p.data = 0.3 * noise + (0.0 if name.endswith("bias") else 1.0)
+            p.data *= 1.6 if is_head_norm(name) else 1.0
         elif any(s in name for s in ("embed", "wte", "wpe", "lm_head")):
             p.data = 0.3 * noise
         else:
-            peaked = any(s in name for s in ("q_proj", "k_proj", "c_attn"))
+            peaked = any(s in name for s in PEAKED)
             p.data = noise * (1.5 if peaked else 1.0) / math.sqrt(n_in)
-        q = gguf.GGMLQuantizationType[ty if p.dim() > 1 else "F32"]
+        q = gguf.GGMLQuantizationType[ty if p.dim() > 1 and not is_head_norm(name) else "F32"]
         rounded = gguf.dequantize(gguf.quantize(p.detach().numpy().astype(np.float32), q), q)
-        p.data = torch.from_numpy(rounded.astype(np.float64))
+        p.data = torch.from_numpy(rounded.astype(np.float64)) - float(has_one_added(name))
     model.tie_weights()
 
 
@@ -171,7 +180,7 @@ def tensors(model, arch):
         yield "rope_freqs.weight", (plain / rotary.inv_freq).numpy().astype(np.float32)
 
 
-def metadata(w, config):
+def common_metadata(w, config):
     w.add_block_count(config.num_hidden_layers)
     w.add_embedding_length(config.hidden_size)
     w.add_head_count(config.num_attention_heads)
@@ -183,6 +192,10 @@ def metadata(w, config):
     w.add_token_merges(MERGES)
     w.add_bos_token_id(EOS)
     w.add_eos_token_id(EOS)
+
+
+def metadata(w, config):
+    common_metadata(w, config)
     if config.model_type == "gpt2":
         w.add_context_length(config.n_positions)
         w.add_feed_forward_length(config.n_inner)
@@ -219,10 +232,15 @@ def write(path, model, ty):
     config = model.config
     w = gguf.GGUFWriter(path, config.model_type)
     metadata(w, config)
-    for name, data in tensors(model, config.model_type):
-        q = gguf.GGMLQuantizationType[ty if data.ndim > 1 else "F32"]
+    save(w, ty, tensors(model, config.model_type))
+
+
+def save(w, ty, tensors):
+    for name, data in tensors:
+        is_matrix = data.ndim > 1 and not name.endswith("_norm.weight")
+        q = gguf.GGMLQuantizationType[ty if is_matrix else "F32"]
         raw = gguf.quantize(data, q)
-        assert (gguf.dequantize(raw, q) == data).all() or name.startswith("rope_freqs"), name
+        assert (gguf.dequantize(raw, q) == data).all() or name.startswith("rope_f"), name
         w.add_tensor(name, raw, raw_dtype=q)
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -230,44 +248,48 @@ def write(path, model, ty):
     w.close()
 
 
+def record(out, name, model, tokens):
+    """Appends what a model computes with these tokens."""
+    n_tokens = len(tokens)
+    with torch.no_grad():
+        result = model(torch.tensor([tokens]), output_attentions=True)
+        logits = result.logits[0]
+        follow, margins = [], []
+        for _ in range(N_FOLLOW):
+            best = model(torch.tensor([tokens + follow])).logits[0, -1].topk(2)
+            margins.append(float(best.values[0] - best.values[1]))
+            follow.append(int(best.indices[0]))
+    positions = sorted({0, 1, 2, n_tokens // 4, n_tokens // 2, n_tokens * 7 // 8, n_tokens - 1})
+    assert logits.dtype == torch.float64 and min(margins) > 1e-2, (name, margins)
+    # 1 is uniform attention, 1 / n_tokens a single key.
+    spread = [
+        float((-a * a.clamp(min=1e-99).log()).sum(-1)[0, :, -1].exp().mean()) / n_tokens
+        for a in result.attentions
+    ]
+    print(
+        name,
+        "logits",
+        round(float(logits.std()), 2),
+        "margin",
+        round(min(margins), 3),
+        "keys attended",
+        np.round(spread, 2),
+    )
+    sizes = [len(name), n_tokens, len(positions), len(VOCAB), N_FOLLOW]
+    out.write(struct.pack("<5I", *sizes) + name.encode())
+    out.write(np.array(tokens + positions, "<u4").tobytes())
+    out.write(logits[positions].numpy().astype("<f4").tobytes())
+    out.write(np.array(follow, "<u4").tobytes())
+
+
 def main(folder):
     rng = np.random.default_rng(2026)
-    out = open(folder / "arch.bin", "wb")
-    for name, ty, n_tokens, make in MODELS:
-        model = make().double().eval()
-        fill(model, ty)
-        write(folder / f"{name}.gguf", model, ty)
-        tokens = rng.integers(0, len(VOCAB), n_tokens).tolist()
-        with torch.no_grad():
-            result = model(torch.tensor([tokens]), output_attentions=True)
-            logits = result.logits[0]
-            follow, margins = [], []
-            for _ in range(N_FOLLOW):
-                best = model(torch.tensor([tokens + follow])).logits[0, -1].topk(2)
-                margins.append(float(best.values[0] - best.values[1]))
-                follow.append(int(best.indices[0]))
-        positions = sorted({0, 1, 2, n_tokens // 4, n_tokens // 2, n_tokens * 7 // 8, n_tokens - 1})
-        assert logits.dtype == torch.float64 and min(margins) > 1e-2, (name, margins)
-        # 1 is uniform attention, 1 / n_tokens a single key.
-        spread = [
-            float((-a * a.clamp(min=1e-99).log()).sum(-1)[0, :, -1].exp().mean()) / n_tokens
-            for a in result.attentions
-        ]
-        print(
-            name,
-            "logits",
-            round(float(logits.std()), 2),
-            "margin",
-            round(min(margins), 3),
-            "keys attended",
-            np.round(spread, 2),
-        )
-        sizes = [len(name), n_tokens, len(positions), len(VOCAB), N_FOLLOW]
-        out.write(struct.pack("<5I", *sizes) + name.encode())
-        out.write(np.array(tokens + positions, "<u4").tobytes())
-        out.write(logits[positions].numpy().astype("<f4").tobytes())
-        out.write(np.array(follow, "<u4").tobytes())
-    out.close()
+    with open(folder / "arch.bin", "wb") as out:
+        for name, ty, n_tokens, make in MODELS:
+            model = make().double().eval()
+            fill(model, ty)
+            write(folder / f"{name}.gguf", model, ty)
+            record(out, name, model, rng.integers(0, len(VOCAB), n_tokens).tolist())
 
 
 if __name__ == "__main__":

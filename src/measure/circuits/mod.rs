@@ -184,7 +184,10 @@ impl Factors {
             let columns: Vec<Vec<f64>> = match norm {
                 None => rows.map(|row| reading((model, layer), w, (row, 1.0))).collect(),
                 Some(norm) => {
-                    let of = |at: usize| (rows.start + at, f64::from(norm.weight[at]));
+                    let of = |at: usize| {
+                        let row = rows.start + at;
+                        (row, f64::from(norm.weight[row]))
+                    };
                     let kept = kept(model, g.kv[kv].planes.as_deref());
                     kept.into_iter().map(|at| reading((model, layer), w, of(at))).collect()
                 }
@@ -216,7 +219,9 @@ fn whole(model: &Model, head: usize) -> Range<usize> {
 /// Elements of a whole head that are left of it, in their order there.
 fn kept(model: &Model, planes: Option<&[usize]>) -> Vec<usize> {
     let hp = &model.hparams;
-    let (Some(planes), Some(rope)) = (planes, &hp.rope) else { return (0..hp.key_dim).collect() };
+    let (Some(planes), Some(rope)) = (planes, hp.ropes.first()) else {
+        return (0..hp.key_dim).collect();
+    };
     let mut kept = vec![0; 2 * planes.len()];
     for (at, plane) in planes.iter().enumerate() {
         let places = rope.pairing.pair(at, planes.len());
@@ -228,9 +233,13 @@ fn kept(model: &Model, planes: Option<&[usize]>) -> Vec<usize> {
 
 /// One row of a matrix that reads a layer's normed input, times a factor and the gain of the norm.
 fn reading((model, layer): (&Model, usize), w: &Dense, (row, factor): (usize, f64)) -> Vec<f64> {
-    let gain = &model.layers[layer].attn_norm.weight;
-    let row = w.data[row * w.n_in..][..w.n_in].iter().zip(gain);
-    centered(model, row.map(|(w, g)| factor * f64::from(*w) * f64::from(*g)).collect())
+    let row = w.data[row * w.n_in..][..w.n_in].iter().map(|w| factor * f64::from(*w));
+    match &model.layers[layer].attn_norm {
+        Some(norm) => {
+            centered(model, row.zip(&norm.weight).map(|(w, g)| w * f64::from(*g)).collect())
+        }
+        None => row.collect(),
+    }
 }
 
 fn of_layer(
@@ -272,7 +281,7 @@ fn planes(
     left: Option<&[usize]>,
     (q, k): (&Mat<f64>, &Mat<f64>),
 ) -> Vec<Plane> {
-    let Some(rope) = model.hparams.rope.as_ref().filter(|_| !frequencies.is_empty()) else {
+    let Some(rope) = model.hparams.ropes.first().filter(|_| !frequencies.is_empty()) else {
         return Vec::new();
     };
     let all: Vec<usize> = left.map_or((0..frequencies.len()).collect(), <[usize]>::to_vec);

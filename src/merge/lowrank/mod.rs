@@ -85,7 +85,7 @@ impl Form for LowRank {
 
     fn applies(&self, choice: &Choice, site: &Site) -> Verdict {
         let hp = site.hparams;
-        if hp.qk_norm && 2 * site.frequencies.len() < hp.key_dim {
+        if hp.qk_norm.is_some() && 2 * site.frequencies.len() < hp.key_dim {
             return Err(
                 "elements that are normed but not rotated can be neither mixed nor dropped".into(),
             );
@@ -215,7 +215,7 @@ impl Solved {
             Some(grams) => grams.clone(),
             None => Grams::of_weights(&weights, site),
         };
-        let rope = site.hparams.rope.as_ref().filter(|_| site.rotates());
+        let rope = site.hparams.rope(site.layer);
         let pairing = rope.map_or(Pairing::Adjacent, |r| r.pairing);
         let head = |kv| {
             SolvedHead::of(choice, site, pairing, (&weights.o, &grams, kv)).map_err(|e| {
@@ -253,7 +253,7 @@ impl Solved {
                 layer.site.frequencies.len(),
             );
             let keys = kv * hp.key_dim;
-            if hp.qk_norm {
+            if hp.qk_norm.is_some() {
                 // Dropped by the engine, after the norm.
                 let all = Mat::identity(hp.key_dim, hp.key_dim);
                 (0..per_kv).for_each(|i| {
@@ -323,14 +323,14 @@ impl SolvedHead {
         let n_ctx = if value("ctx") > 0.0 { value("ctx") } else { hp.n_ctx_train as f64 };
         let is_slow = |j: usize| {
             let turned = site.frequencies[j] * n_ctx;
-            !hp.qk_norm && value("shared") == 0.0 && turned <= value("slow")
+            hp.qk_norm.is_none() && value("shared") == 0.0 && turned <= value("slow")
         };
         let planes: Vec<usize> = (0..n_planes).filter(|j| !is_slow(*j)).collect();
         let pair = |j: usize| pairing.pair(j, n_planes);
         let rotated: Vec<usize> = planes.iter().flat_map(|j| pair(*j)).collect();
         // With norms of heads nothing can be mixed: what is not rotated stays.
         let mut band: Vec<usize> = (0..hp.key_dim).filter(|i| !rotated.contains(i)).collect();
-        if hp.qk_norm {
+        if hp.qk_norm.is_some() {
             band.clear();
         }
         let per_kv = site.at().n_head / site.at().n_head_kv;

@@ -4,7 +4,9 @@ use std::f64::consts::TAU;
 use std::ops::Range;
 
 use super::*;
-use crate::arch::{Activation, Bias, Hparams, LayerHparams, Norm, NormKind, Rope, Scaling};
+use crate::arch::{
+    Activation, Bias, Gate, Hparams, LayerHparams, Norm, NormKind, QkNorm, Rope, Scaling,
+};
 
 const N_EMBD: usize = 20;
 const N_TOKENS: usize = 24;
@@ -81,11 +83,12 @@ fn hparams(case: Case) -> Hparams {
         n_head: case.n_head,
         n_head_kv: case.n_head_kv,
         n_ff: 1,
-        rotates: true,
+        rope: case.rope.map(|_| 0),
         window: None,
         rewritten: None,
     };
-    let rope = |(pairing, dim)| Rope { pairing, dim, base: 1e4, scaling: Scaling::None };
+    let rope =
+        |(pairing, dim)| Rope { pairing, dim, base: 1e4, attn_factor: 1.0, scaling: Scaling::None };
     Hparams {
         arch: "none",
         n_vocab: 1,
@@ -98,17 +101,22 @@ fn hparams(case: Case) -> Hparams {
         attn_softcap: None,
         final_softcap: None,
         norm: Norm { kind: NormKind::Rms, eps: 1e-5, bias: false },
-        qk_norm: case.qk_norm,
+        embedding_norm: false,
+        attn_norm: Some("attn_norm"),
+        ffn_norm: Some("ffn_norm"),
+        qk_norm: case.qk_norm.then_some(QkNorm::Heads),
         post_norm: false,
         parallel: false,
         learned_positions: false,
-        rope: case.rope.map(rope),
+        max_alibi_bias: None,
+        temperature: None,
+        ropes: case.rope.map(rope).into_iter().collect(),
         fused_qkv: false,
         qkv_bias: Bias::Optional,
         attn_output_bias: Bias::Optional,
         ffn_bias: Bias::Never,
         activation: Activation::Silu,
-        ffn_gated: false,
+        ffn_gate: Gate::None,
         embedding_scale: 1.0,
         residual_scale: 1.0,
         logit_scale: 1.0,

@@ -1,0 +1,49 @@
+//! What decoders have in common; an entry says where its family is different.
+
+use super::*;
+
+/// Decoders as since Llama: norms before attention and FFN, no biases needed, a gated SiLU.
+pub(super) fn decoder(keys: &Keys, kind: NormKind, pairing: Option<Pairing>) -> Result<Hparams> {
+    keys.no_experts()?;
+    let n_embd = keys.width("embedding_length")?;
+    let mut layers = keys.layers()?;
+    let (key_dim, value_dim) = keys.head_dims(n_embd, &layers)?;
+    let rope = pairing.map(|pairing| keys.rope(pairing, key_dim)).transpose()?;
+    layers.iter_mut().for_each(|layer| layer.rope = rope.as_ref().map(|_| 0));
+    let (eps, bias) = match kind {
+        NormKind::Rms => ("attention.layer_norm_rms_epsilon", false),
+        NormKind::Layer => ("attention.layer_norm_epsilon", true),
+    };
+    Ok(Hparams {
+        arch: keys.arch,
+        n_vocab: 0,
+        n_embd,
+        n_ctx_train: keys.n_ctx_train()?,
+        layers,
+        key_dim,
+        value_dim,
+        attn_scale: 1.0 / (key_dim as f32).sqrt(),
+        attn_softcap: None,
+        final_softcap: None,
+        norm: Norm { kind, eps: keys.positive(eps)?, bias },
+        embedding_norm: false,
+        attn_norm: Some("attn_norm"),
+        ffn_norm: Some("ffn_norm"),
+        qk_norm: None,
+        post_norm: false,
+        parallel: false,
+        learned_positions: false,
+        max_alibi_bias: None,
+        temperature: None,
+        ropes: rope.into_iter().collect(),
+        fused_qkv: keys.has_tensor("blk.0.attn_qkv.weight"),
+        qkv_bias: Bias::Optional,
+        attn_output_bias: Bias::Optional,
+        ffn_bias: Bias::Optional,
+        activation: Activation::Silu,
+        ffn_gate: Gate::Own,
+        embedding_scale: 1.0,
+        residual_scale: 1.0,
+        logit_scale: 1.0,
+    })
+}

@@ -1,0 +1,13 @@
+//! Qwen 3 (arXiv 2505.09388): Llama's shape, heads of queries and keys are normed.
+
+use super::*;
+
+pub(super) const ARCH: Arch = Arch { name: "qwen3", read };
+
+fn read(keys: &Keys) -> Result<Hparams> {
+    Ok(Hparams {
+        qk_norm: Some(QkNorm::Heads),
+        ffn_bias: Bias::Never,
+        ..decoder::decoder(keys, NormKind::Rms, Some(Pairing::Half))?
+    })
+}
