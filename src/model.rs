@@ -3,6 +3,8 @@
 //! A [`Model`] is plain data. Weights stay in the mapped file in their own format; only norms and
 //! biases are read into memory.
 
+mod ffn;
+mod latent;
 mod rewrite;
 mod stock;
 
@@ -12,7 +14,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
 
-use crate::arch::{Bias, Gate, Hparams, LayerHparams, QkNorm, Rope, Scaling, rewritten};
+use crate::arch::{Bias, Hparams, LayerHparams, QkNorm, Rope, Scaling, rewritten};
 use crate::attention::Attention;
 use crate::bad_file;
 use crate::error::{Result, excerpt};
@@ -68,20 +70,51 @@ pub struct Layer {
     pub attn_v: Linear,
     /// `[n_embd, h * value_dim]`
     pub attn_output: Linear,
+    /// What the latents are made with that keys and values, and maybe queries, are made of: then those
+    /// have as many columns, and keys only the rows of elements that are not rotated.
+    pub latent: Option<LatentLayer>,
     /// Norms of queries and keys. `[h * key_dim]`, `[k * key_dim]`
     pub qk_norm: Option<(NormWeight, NormWeight)>,
     /// `[n_embd]`
     pub post_attention_norm: Option<NormWeight>,
     /// Absent where the FFN reads what attention reads, or the residual stream. `[n_embd]`
     pub ffn_norm: Option<NormWeight>,
-    /// `[n_ff, n_embd]`
-    pub ffn_gate: Option<Linear>,
-    /// `[n_ff, n_embd]`
-    pub ffn_up: Linear,
-    /// `[n_embd, n_ff]`
-    pub ffn_down: Linear,
+    /// What all tokens go through; absent where experts are all there is.
+    pub ffn: Option<Ffn>,
+    /// What each token goes through a few of.
+    pub experts: Option<ExpertLayer>,
     /// `[n_embd]`
     pub post_ffw_norm: Option<NormWeight>,
+}
+
+/// The matrices of an FFN.
+pub struct Ffn {
+    /// `[n_ff, n_embd]`
+    pub gate: Option<Linear>,
+    /// `[n_ff, n_embd]`
+    pub up: Linear,
+    /// `[n_embd, n_ff]`
+    pub down: Linear,
+}
+
+/// The experts of a layer.
+pub struct ExpertLayer {
+    /// Scores them. `[n, n_embd]`
+    pub router: Linear,
+    /// Added to what those that are used are chosen by. `[n]`
+    pub preference: Option<Vec<f32>>,
+    /// All of them.
+    pub all: Vec<Ffn>,
+}
+
+/// What makes latents of a layer's normed input.
+pub struct LatentLayer {
+    /// That of queries, `[q_rank, n_embd]`, and its norm.
+    pub q_a: Option<(Linear, NormWeight)>,
+    /// That of keys and values, and rotated elements of all keys after it. `[rank + n_rotated, n_embd]`
+    pub kv_a: Linear,
+    /// `[rank]`
+    pub kv_a_norm: NormWeight,
 }
 
 /// A matrix in its format: `n_out` rows of `n_in` elements.
@@ -316,10 +349,16 @@ impl Binder<'_> {
     }
 
     fn matrix(&mut self, name: &str, n_in: usize, n_out: usize) -> Result<Weight> {
+        self.shaped(name, &[n_in, n_out])
+    }
+
+    /// A matrix, or several one after the other.
+    fn shaped(&mut self, name: &str, shape: &[usize]) -> Result<Weight> {
+        let wanted: Vec<u64> = shape.iter().map(|n| *n as u64).collect();
         let Some(tensor) = self.gguf.tensor(name) else {
-            bad_file!("missing tensor \"{name}\" of shape [{n_in}, {n_out}]");
+            bad_file!("missing tensor \"{name}\" of shape {wanted:?}");
         };
-        let wanted = [n_in as u64, n_out as u64];
+        let (n_in, n_out) = (shape[0], shape[1..].iter().product());
         let is_vector = n_out == 1 && tensor.dims == wanted[..1];
         if tensor.dims != wanted && !is_vector {
             bad_file!("tensor \"{name}\" has shape {:?}; expected {wanted:?}", tensor.dims);
@@ -431,20 +470,6 @@ impl Binder<'_> {
         Ok([all.rows(0, q)?, all.rows(q, k)?, all.rows(q + k, v)?])
     }
 
-    /// The FFN's gate and what it is multiplied with.
-    fn ffn_up(&mut self, blk: &str, n_ff: usize, hp: &Hparams) -> Result<(Option<Linear>, Linear)> {
-        let mut one =
-            |name: &str, n| self.linear(&format!("{blk}.{name}"), hp.n_embd, n, hp.ffn_bias);
-        match hp.ffn_gate {
-            Gate::None => Ok((None, one("ffn_up", n_ff)?)),
-            Gate::Own => Ok((Some(one("ffn_gate", n_ff)?), one("ffn_up", n_ff)?)),
-            Gate::Fused => {
-                let both = one("ffn_up", 2 * n_ff)?;
-                Ok((Some(both.rows(0, n_ff)?), both.rows(n_ff, n_ff)?))
-            }
-        }
-    }
-
     fn layer(&mut self, i: usize, layer: &LayerHparams, hp: &Hparams) -> Result<Layer> {
         let e = hp.n_embd;
         let dk = hp.key_dim;
@@ -462,13 +487,19 @@ impl Binder<'_> {
         if layer.rewritten.is_some() {
             n_heads_out = n_heads_out.next_multiple_of(BLOCK);
         }
-        let [attn_q, attn_k, attn_v] = self.qkv(&blk, widths, hp)?;
-        let (ffn_gate, ffn_up) = self.ffn_up(&blk, layer.n_ff, hp)?;
+        let ([attn_q, attn_k, attn_v], latent) = match &hp.latent {
+            Some(latent) => {
+                let (qkv, latent) = self.of_latents(&blk, (layer, latent), hp)?;
+                (qkv, Some(latent))
+            }
+            None => (self.qkv(&blk, widths, hp)?, None),
+        };
         Ok(Layer {
             attn_norm: self.optional_norm((&blk, hp.attn_norm), hp)?,
             attn_q,
             attn_k,
             attn_v,
+            latent,
             attn_output: self.linear(&at("attn_output"), n_heads_out, e, output_bias)?,
             qk_norm: match hp.qk_norm {
                 Some(_) => Some((
@@ -480,9 +511,11 @@ impl Binder<'_> {
             post_attention_norm: self
                 .optional_norm((&blk, hp.post_norm.then_some("post_attention_norm")), hp)?,
             ffn_norm: self.optional_norm((&blk, hp.ffn_norm), hp)?,
-            ffn_gate,
-            ffn_up,
-            ffn_down: self.linear(&at("ffn_down"), layer.n_ff, e, hp.ffn_bias)?,
+            ffn: self.ffn(&blk, layer, hp)?,
+            experts: match &hp.experts {
+                Some(experts) if layer.has_experts => Some(self.experts(&blk, experts, hp)?),
+                _ => None,
+            },
             post_ffw_norm: self
                 .optional_norm((&blk, hp.post_norm.then_some("post_ffw_norm")), hp)?,
         })

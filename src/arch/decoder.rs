@@ -4,7 +4,6 @@ use super::*;
 
 /// Decoders as since Llama: norms before attention and FFN, no biases needed, a gated SiLU.
 pub(super) fn decoder(keys: &Keys, kind: NormKind, pairing: Option<Pairing>) -> Result<Hparams> {
-    keys.no_experts()?;
     let n_embd = keys.width("embedding_length")?;
     let mut layers = keys.layers()?;
     let (key_dim, value_dim) = keys.head_dims(n_embd, &layers)?;
@@ -35,6 +34,7 @@ pub(super) fn decoder(keys: &Keys, kind: NormKind, pairing: Option<Pairing>) -> 
         learned_positions: false,
         max_alibi_bias: None,
         temperature: None,
+        latent: None,
         ropes: rope.into_iter().collect(),
         fused_qkv: keys.has_tensor("blk.0.attn_qkv.weight"),
         qkv_bias: Bias::Optional,
@@ -42,8 +42,23 @@ pub(super) fn decoder(keys: &Keys, kind: NormKind, pairing: Option<Pairing>) -> 
         ffn_bias: Bias::Optional,
         activation: Activation::Silu,
         ffn_gate: Gate::Own,
+        experts: None,
         embedding_scale: 1.0,
         residual_scale: 1.0,
         logit_scale: 1.0,
     })
+}
+
+/// The same with experts in place of every FFN, if the file has them, and with what all tokens go
+/// through beside them, if `n_shared` is not 0.
+pub(super) fn with_experts(
+    keys: &Keys,
+    mut hparams: Hparams,
+    (norm, n_shared): (bool, usize),
+) -> Result<Hparams> {
+    hparams.experts = keys.experts(Gating::Softmax, norm)?;
+    for layer in hparams.layers.iter_mut().filter(|layer| layer.has_experts) {
+        layer.n_ff = n_shared;
+    }
+    Ok(hparams)
 }

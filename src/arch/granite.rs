@@ -5,7 +5,7 @@ use super::*;
 
 pub(super) const ARCH: Arch = Arch { name: "granite", read };
 
-fn read(keys: &Keys) -> Result<Hparams> {
+pub(super) fn read(keys: &Keys) -> Result<Hparams> {
     // In these files the key is a switch.
     let rotates = keys.flag("rope.scaling.finetuned", true)?;
     let pairing = rotates.then_some(Pairing::Adjacent);

@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use super::{LayerHparams, Pairing, Rope, Scaling};
+use super::{Bias, Experts, Gating, LayerHparams, Pairing, Rope, Scaling};
 use crate::bad_file;
 use crate::error::Result;
 use crate::gguf::{Gguf, Value};
@@ -129,9 +129,11 @@ impl<'a> Keys<'a> {
         Ok(Some(counts))
     }
 
-    /// Heads and FFN width of every layer; none rotates, and all see everything.
+    /// Heads and FFN width of every layer; none rotates, and all see everything. The width is 0 without
+    /// its key in a model with experts.
     pub fn layers(&self) -> Result<Vec<LayerHparams>> {
         let n_layer = self.n_layer()?;
+        let has_experts = self.n_experts()?.is_some();
         let need = |key: &str| match self.per_layer(key, n_layer)? {
             Some(counts) => Ok(counts),
             None => bad_file!("missing key \"{}\"; allowed 1..={MAX_WIDTH}", self.name(key)),
@@ -139,7 +141,10 @@ impl<'a> Keys<'a> {
         let n_head = need("attention.head_count")?;
         let n_head_kv = self.per_layer("attention.head_count_kv", n_layer)?;
         let n_head_kv = n_head_kv.unwrap_or_else(|| n_head.clone());
-        let n_ff = need("feed_forward_length")?;
+        let n_ff = match has_experts {
+            true => self.per_layer("feed_forward_length", n_layer)?.unwrap_or(vec![0; n_layer]),
+            false => need("feed_forward_length")?,
+        };
         let mut layers = Vec::new();
         for (i, ((n_head, n_head_kv), n_ff)) in
             n_head.into_iter().zip(n_head_kv).zip(n_ff).enumerate()
@@ -153,6 +158,7 @@ impl<'a> Keys<'a> {
                 n_head,
                 n_head_kv,
                 n_ff,
+                has_experts,
                 rope: None,
                 window: None,
                 rewritten: None,
@@ -214,15 +220,40 @@ impl<'a> Keys<'a> {
         Ok((key_dim, value_dim.unwrap_or(key_dim)))
     }
 
-    /// Refuses mixtures of experts, which the engines cannot run.
-    pub fn no_experts(&self) -> Result<()> {
-        let name = self.name("expert_count");
-        match self.gguf.u32(&name)? {
-            Some(n) if n > 0 => {
-                bad_file!("key \"{name}\" = {n}; mixtures of experts are not supported")
-            }
-            _ => Ok(()),
+    /// `expert_count`, if there are any.
+    fn n_experts(&self) -> Result<Option<usize>> {
+        Ok(self.count_or_none("expert_count", 0..=1 << 16)?.filter(|n| *n > 0))
+    }
+
+    /// Experts, those of a family with this gating whose keys do not say another; none without them.
+    pub fn experts(&self, gating: Gating, norm: bool) -> Result<Option<Experts>> {
+        let Some(n) = self.n_experts()? else { return Ok(None) };
+        let n_used = self.count("expert_used_count", 1..=n as u32)?;
+        let gating = match self.count_or_none("expert_gating_func", 0..=3)? {
+            None | Some(0) => gating,
+            Some(2) => Gating::Sigmoid,
+            // Softmax of those that are used is what dividing by their sum gives.
+            _ => Gating::Softmax,
+        };
+        let groups = self.count_or_none("expert_group_count", 0..=n as u32)?.unwrap_or(0);
+        let groups_used = self.count_or_none("expert_group_used_count", 0..=groups as u32)?;
+        if groups > 1 && n % groups != 0 {
+            bad_file!("{n} experts are not a multiple of {groups} groups");
         }
+        let n_ff = match self.count_or_none("expert_feed_forward_length", 1..=MAX_WIDTH)? {
+            Some(n_ff) => n_ff,
+            None => self.width("feed_forward_length")?,
+        };
+        Ok(Some(Experts {
+            n,
+            n_used,
+            n_ff,
+            gating,
+            norm: self.flag("expert_weights_norm", norm)?,
+            scale: self.positive_or_none("expert_weights_scale")?.unwrap_or(1.0),
+            groups: (groups > 1).then(|| (groups, groups_used.unwrap_or(groups).max(1))),
+            bias: Bias::Never,
+        }))
     }
 
     /// Rotation with its scaling.

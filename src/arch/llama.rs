@@ -5,5 +5,6 @@ use super::*;
 pub(super) const ARCH: Arch = Arch { name: "llama", read };
 
 fn read(keys: &Keys) -> Result<Hparams> {
-    decoder::decoder(keys, NormKind::Rms, Some(Pairing::Adjacent))
+    let hparams = decoder::decoder(keys, NormKind::Rms, Some(Pairing::Adjacent))?;
+    decoder::with_experts(keys, hparams, (true, 0))
 }

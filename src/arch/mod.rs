@@ -6,21 +6,26 @@ mod bloom;
 mod cohere2;
 mod command_r;
 mod decoder;
+mod deepseek2;
 mod exaone4;
 mod falcon;
 mod gemma2;
 mod gemma3;
 mod gpt2;
+mod gpt_oss;
 mod gptneox;
 mod granite;
+mod granitemoe;
 mod internlm2;
 mod keys;
 mod llama;
 mod mistral3;
 mod olmo2;
+mod olmoe;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3moe;
 pub mod rewritten;
 mod rope;
 mod smollm3;
@@ -46,15 +51,20 @@ pub static ARCHS: &[Arch] = &[
     llama::ARCH,
     qwen2::ARCH,
     qwen3::ARCH,
+    qwen3moe::ARCH,
     gemma2::ARCH,
     gemma3::ARCH,
     phi3::ARCH,
     smollm3::ARCH,
     olmo2::ARCH,
+    olmoe::ARCH,
     granite::ARCH,
+    granitemoe::ARCH,
+    gpt_oss::ARCH,
     mistral3::ARCH,
     exaone4::ARCH,
     command_r::ARCH,
+    deepseek2::ARCH,
     cohere2::ARCH,
     internlm2::ARCH,
     stablelm::ARCH,
@@ -111,6 +121,8 @@ pub struct Hparams {
     pub max_alibi_bias: Option<f32>,
     /// Growth of scores with the query's position.
     pub temperature: Option<Temperature>,
+    /// Where keys and values are made in two steps.
+    pub latent: Option<Latent>,
     /// Rotations of queries and keys, which layers choose from; all pair and rotate the same elements.
     pub ropes: Vec<Rope>,
     /// Whether queries, keys and values share one tensor, `attn_qkv`.
@@ -125,6 +137,8 @@ pub struct Hparams {
     pub activation: Activation,
     /// Where the FFN has a gate, whose activation is multiplied with `ffn_up`.
     pub ffn_gate: Gate,
+    /// FFNs that some layers have many of.
+    pub experts: Option<Experts>,
     /// Factor on token embeddings.
     pub embedding_scale: f32,
     /// Factor on what attention and FFN add to the residual stream.
@@ -140,8 +154,10 @@ pub struct LayerHparams {
     pub n_head: usize,
     /// Key and value heads; divides `n_head`.
     pub n_head_kv: usize,
-    /// Width of the FFN.
+    /// Width of the FFN that all tokens go through; 0 for none, beside experts.
     pub n_ff: usize,
+    /// Whether it has experts.
+    pub has_experts: bool,
     /// Which of the model's rotations it has.
     pub rope: Option<usize>,
     /// Keys that a query sees, itself included; `None` is all.
@@ -201,6 +217,50 @@ pub struct Temperature {
     pub length: usize,
 }
 
+/// Keys and values that are made of a latent, which is made of the layer's normed input (DeepSeek-V2,
+/// arXiv 2405.04434, section 2.1). Rotated elements are apart: all keys share theirs, which come
+/// with the latent, and in files they are the last of every query.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Latent {
+    /// Elements of the latent.
+    pub rank: usize,
+    /// The same of one that queries are made of, if they are.
+    pub query_rank: Option<usize>,
+    /// Rotated elements of a key.
+    pub n_rotated: usize,
+}
+
+/// FFNs of which each token goes through a few (Shazeer et al. 2017, arXiv 1701.06538).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Experts {
+    /// How many there are.
+    pub n: usize,
+    /// How many a token goes through.
+    pub n_used: usize,
+    /// Width of each.
+    pub n_ff: usize,
+    /// What scores become weights by.
+    pub gating: Gating,
+    /// Whether weights of those that are used are divided by their sum.
+    pub norm: bool,
+    /// Factor on weights.
+    pub scale: f32,
+    /// Groups, of which those are used that have the best experts, and how many.
+    pub groups: Option<(usize, usize)>,
+    /// Bias of their matrices, and of what scores them.
+    pub bias: Bias,
+}
+
+/// What scores of experts become weights by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gating {
+    /// Softmax over all experts.
+    Softmax,
+    /// `1 / (1 + exp(-score))` of each; those are used that are best once a bias is added, if there is
+    /// one: `exp_probs_b` (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    Sigmoid,
+}
+
 /// Where a gate is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gate {
@@ -232,6 +292,9 @@ pub enum Activation {
     Gelu,
     /// The same in its tanh approximation.
     GeluTanh,
+    /// `g * sigmoid(1.702 g) * (u + 1)`, with `g` at most 7 and `u` between -7 and 7 (gpt-oss, arXiv
+    /// 2508.10925).
+    ClampedSwiglu,
 }
 
 /// Rotary position embedding (RoFormer, arXiv 2104.09864).

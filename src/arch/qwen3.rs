@@ -4,7 +4,7 @@ use super::*;
 
 pub(super) const ARCH: Arch = Arch { name: "qwen3", read };
 
-fn read(keys: &Keys) -> Result<Hparams> {
+pub(super) fn read(keys: &Keys) -> Result<Hparams> {
     Ok(Hparams {
         qk_norm: Some(QkNorm::Heads),
         ffn_bias: Bias::Never,

@@ -5,13 +5,14 @@ use std::ops::Range;
 
 use super::KvCache;
 use super::attend::MixBuffers;
+use super::experts::ExpertBuffers;
 use super::kernels::{Activations, Copies, LANES, Scratch};
 use super::latent::{LatentBuffers, Tiles};
 use super::observe::Observer;
-use super::ops::{Rotation, Rotations, activate, norm_row, norm_with};
-use super::rows::Rows;
+use super::ops::{Rotation, Rotations, activate, activate_product, norm_row, norm_with};
+use super::rows::{Parts, Rows};
 use super::threads::{Columns, Crew, Team};
-use super::weights::{LayerMatrices, Matrices, Matrix};
+use super::weights::{FfnMatrices, LayerMatrices, Matrices, Matrix};
 use crate::arch::QkNorm;
 use crate::error::Result;
 use crate::merge::Kept;
@@ -45,7 +46,7 @@ pub(super) struct Buffers {
     added: Vec<f32>,
     /// Queries `[n, n_head * key_dim]`, keys and values `[n, n_head_kv * ..]`.
     pub(super) q: Vec<f32>,
-    k: Vec<f32>,
+    pub(super) k: Vec<f32>,
     pub(super) v: Vec<f32>,
     /// Outputs of the heads. `[n, n_head * value_dim]`
     pub(super) heads: Rows,
@@ -56,6 +57,8 @@ pub(super) struct Buffers {
     up: Rows,
     /// Cosines and sines, for each of the model's rotations. `[n]`, each `[rope.dim / 2]`
     angles: Vec<Vec<Vec<[f32; 2]>>>,
+    /// Where tokens go through experts.
+    pub(super) experts: ExpertBuffers,
     /// Where rows are cached that keys and values are made of.
     pub(super) latent: LatentBuffers,
     /// One for each thread.
@@ -268,8 +271,13 @@ impl Buffers {
         if !is_parallel {
             self.norm(pass, norm, w.ffn_copies());
         }
-        self.ffn(pass, w, rest.len());
-        self.add_product(pass, &w.ffn_down, Source::Up, layer.post_ffw_norm.as_ref());
+        if let Some(w) = &w.ffn {
+            self.ffn(pass, w, rest.len());
+            self.add_product(pass, &w.down, Source::Up, layer.post_ffw_norm.as_ref());
+        }
+        if let Some((w, layer)) = w.experts.as_ref().zip(layer.experts.as_ref()) {
+            self.experts(pass, (w, layer), rest.len());
+        }
     }
 
     /// Outputs of the heads for the tokens in `rest`, which alone stay in `x`.
@@ -292,7 +300,10 @@ impl Buffers {
             Some(_) => Kept::KeysAndValues,
             None => pass.model.attention[i].geometry.kept,
         };
-        self.project(pass, w, (i, kept), n);
+        match layer.latent.as_ref().zip(hp.latent.as_ref()) {
+            Some(latent) => self.project_latent(pass, (i, kept), latent, n),
+            None => self.project(pass, w, (i, kept), n),
+        }
         self.norm_heads(pass, (i, layer));
         let before = looks.map(|_| (self.q.clone(), self.k.clone()));
         self.rotate(pass, i, n);
@@ -349,7 +360,7 @@ impl Buffers {
         let outs = outs.map(|(w, out)| (w, Columns::new(out, w.n_out)));
         let of_keys = matches!(pass.model.attention[i].geometry.kept, Kept::Keys { .. });
         let n_outs = match kept {
-            Kept::Input { .. } => 1,
+            Kept::Latent { .. } => 1,
             _ if of_keys => 2,
             _ => 3,
         };
@@ -373,7 +384,10 @@ impl Buffers {
                 }
                 cache.store(crew, i, n_past, &self.k, &[]);
             }
-            Kept::Input { .. } => cache.store(crew, i, n_past, &self.normed.floats, &[]),
+            Kept::Latent { n_rotated: 0, .. } => {
+                cache.store(crew, i, n_past, &self.normed.floats, &[]);
+            }
+            Kept::Latent { .. } => cache.store(crew, i, n_past, &self.latent.made, &[]),
         }
     }
 
@@ -429,7 +443,14 @@ impl Buffers {
             }
             simd::scale(row, attention.scale(pass.n_past + t));
         });
-        if rotation.is_none() || g.kept != Kept::KeysAndValues {
+        if rotation.is_none() {
+            return;
+        }
+        if let Kept::Latent { rank, n_rotated: n @ 1.. } = g.kept {
+            let of_key = |t, row: &mut [f32]| of_kv(t, 0, &mut row[rank..]);
+            pass.crew.chunks(&mut self.latent.made, rank + n, |_, t, row| of_key(t, row));
+        }
+        if g.kept != Kept::KeysAndValues {
             return;
         }
         let width = self.k.len() / n;
@@ -443,37 +464,20 @@ impl Buffers {
         });
     }
 
-    /// `act(gate) * up`, or `act(up)`. A task computes the same rows of both.
-    fn ffn(&mut self, pass: &Pass, w: &LayerMatrices, n: usize) {
+    /// `act(gate) * up`, or `act(up)`.
+    fn ffn(&mut self, pass: &Pass, w: &FfnMatrices, n: usize) {
         let Buffers { normed, gate, up, threads, .. } = self;
-        let activation = pass.model.hparams.activation;
-        let n_ff = w.ffn_up.n_out;
+        let n_ff = w.up.n_out;
         up.resize(n, n_ff);
-        gate.resize(if w.ffn_gate.is_some() { n * n_ff } else { 0 }, 0.0);
+        gate.resize(if w.gate.is_some() { n * n_ff } else { 0 }, 0.0);
         let x = normed.view();
-        let (gate, up) = (Columns::new(gate, n_ff), up.parts(w.ffn_down.copies));
+        let (gate, up) = (Columns::new(gate, n_ff), up.parts(w.down.copies));
         let n_rows = rows_per_task(pass.crew, n_ff).next_multiple_of(32);
         pass.crew.each_with(threads, n_ff.div_ceil(n_rows), |own, task| {
             let start = task * n_rows;
             let len = n_rows.min(n_ff - start);
             // SAFETY: tasks have rows of their own.
-            unsafe {
-                w.ffn_up.multiply((start, len), &x, &mut own.scratch, up.floats, start);
-                if let Some(w) = &w.ffn_gate {
-                    w.multiply((start, len), &x, &mut own.scratch, gate, start);
-                }
-                for t in 0..n {
-                    let up = up.floats.part(t, start, len);
-                    if w.ffn_gate.is_some() {
-                        let gate = gate.part(t, start, len);
-                        activate(activation, gate);
-                        simd::multiply(up, gate);
-                    } else {
-                        activate(activation, up);
-                    }
-                }
-                up.round(0..n, start, len);
-            }
+            unsafe { ffn_rows(pass, w, (start, len), &x, &mut own.scratch, (gate, &up)) };
         });
     }
 
@@ -536,6 +540,36 @@ impl Buffers {
     }
 }
 
+/// Elements of the activated product of an FFN's gate and what it is multiplied with, for all tokens.
+///
+/// # Safety
+/// Nobody else uses those elements meanwhile.
+pub(super) unsafe fn ffn_rows(
+    pass: &Pass,
+    w: &FfnMatrices,
+    (start, len): (usize, usize),
+    x: &Activations,
+    scratch: &mut Scratch,
+    (gate, up): (Columns<f32>, &Parts),
+) {
+    let activation = pass.model.hparams.activation;
+    // SAFETY: the caller's promise.
+    unsafe {
+        w.up.multiply((start, len), x, scratch, up.floats, start);
+        if let Some(w) = &w.gate {
+            w.multiply((start, len), x, scratch, gate, start);
+        }
+        for t in 0..x.n {
+            let up = up.floats.part(t, start, len);
+            match w.gate {
+                Some(_) => activate_product(activation, gate.part(t, start, len), up),
+                None => activate(activation, up),
+            }
+        }
+        up.round(0..x.n, start, len);
+    }
+}
+
 /// Drops all rows but some.
 fn keep(data: &mut Vec<f32>, width: usize, rows: &Range<usize>) {
     data.copy_within(rows.start * width..rows.end * width, 0);
@@ -549,7 +583,7 @@ enum Source {
 }
 
 /// Rows of a matrix, or of several with `total` rows, that make one task: whole panels.
-fn rows_per_task(crew: &Crew, total: usize) -> usize {
+pub(super) fn rows_per_task(crew: &Crew, total: usize) -> usize {
     total.div_ceil(crew.n_threads() * TASKS_PER_THREAD).next_multiple_of(LANES).max(MIN_ROWS)
 }
 

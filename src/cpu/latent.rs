@@ -32,7 +32,11 @@ const REBUILT_ROWS: usize = 256;
 /// What attention over rows needs between operations.
 #[derive(Default)]
 pub(super) struct LatentBuffers {
-    /// Queries multiplied with what makes keys. `[n_head, n_embd]`
+    /// What latents of the batch are made of or with, and latents with rotated elements after them,
+    /// where the model has latents. `[n, rank + n_rotated]`
+    pub(super) rows: Rows,
+    pub(super) made: Vec<f32>,
+    /// Queries multiplied with what makes keys. `[n_head, rank + n_rotated]`
     queries: Rows,
     /// What biases of keys add to all scores of a head. `[n_head]`
     shifts: Vec<f32>,
@@ -40,8 +44,7 @@ pub(super) struct LatentBuffers {
     live: Vec<u32>,
     /// Rows mixed with the weights of every head. `[n_head, width]`
     mixed: Vec<f32>,
-    /// Cached rows, and keys and values made of them. `[n, width]`, `[n, ..]`
-    rows: Rows,
+    /// Keys and values made of cached rows. `[n, ..]`
     keys: Vec<f32>,
     values: Vec<f32>,
 }
@@ -156,7 +159,9 @@ impl Buffers {
         let width = runs.width();
         self.scores.resize(attention.geometry.n_head * width, 0.0);
         match attention.geometry.kept {
-            Kept::Input { .. } => self.score_absorbed(pass, attention, stored, &runs),
+            Kept::Latent { rank, n_rotated } => {
+                self.score_absorbed(pass, attention, (stored, rank, n_rotated), &runs);
+            }
             _ => self.score_keys(pass, attention, stored, &runs),
         }
         let shifts = &self.latent.shifts;
@@ -205,12 +210,18 @@ impl Buffers {
 
     /// Scores with keys that are products of what is cached: queries are multiplied instead, with the
     /// rows of the matrix in the file.
-    fn score_absorbed(&mut self, pass: &Pass, attention: &Attention, stored: Stored, runs: &Runs) {
+    fn score_absorbed(
+        &mut self,
+        pass: &Pass,
+        attention: &Attention,
+        (stored, rank, n_rotated): (Stored, usize, usize),
+        runs: &Runs,
+    ) {
         let g = &attention.geometry;
         let Buffers { q, scores, threads, latent, .. } = self;
         let LatentBuffers { queries, shifts, .. } = latent;
         let keys = &pass.model.layers[stored.layer].attn_k;
-        let (n_embd, whole) = stored.dims(0);
+        let (_, whole) = stored.dims(0);
         queries.resize(g.n_head, whole);
         queries.floats.fill(0.0);
         shifts.resize(g.n_head, 0.0);
@@ -218,17 +229,21 @@ impl Buffers {
         let constants = Columns::new(shifts, 1);
         pass.crew.each_with(threads, g.n_head_kv(), |own, kv| {
             let row = &mut own.tiles.row;
-            row.resize(n_embd, 0.0);
+            row.resize(rank, 0.0);
             let heads = kv * g.per_kv()..(kv + 1) * g.per_kv();
-            for (i, r) in g.keys(kv).enumerate() {
-                keys.weight.format.dequantize(keys.weight.row(r), row);
+            let n_made = g.kv[kv].score_dim - n_rotated;
+            for i in 0..n_made {
+                keys.weight.format.dequantize(keys.weight.row(kv * n_made + i), row);
                 for head in heads.clone() {
                     // SAFETY: tasks have heads of their own.
-                    let out = unsafe { absorbed.part(head, 0, n_embd) };
-                    simd::add_scaled(out, q[g.queries(head)][i], row);
+                    let out = unsafe { absorbed.part(head, 0, rank) };
+                    simd::add_scaled(out, q[g.queries(head)][n_rotated + i], row);
                 }
             }
             for head in heads {
+                // SAFETY: as above.
+                let rotated = unsafe { absorbed.part(head, rank, n_rotated) };
+                rotated.copy_from_slice(&q[g.queries(head)][..n_rotated]);
                 let bias = keys.bias.as_ref().map(|bias| &bias[g.keys(kv)]);
                 let constant = bias.map_or(0.0, |bias| simd::dot(&q[g.queries(head)], bias));
                 // SAFETY: as above.
@@ -250,10 +265,13 @@ impl Buffers {
     /// Mixes cached rows with the weights of all heads.
     fn mix_latent(&mut self, pass: &Pass, stored: Stored, runs: &Runs) {
         let heads = stored.cache.stored(stored.layer);
+        let kept = pass.model.attention[stored.layer].geometry.kept;
         let Buffers { scores, threads, latent, .. } = self;
         let LatentBuffers { mixed, live, .. } = latent;
         let (scores, width) = (scores.as_chunks::<LANES>().0, runs.width() / LANES);
-        let (n_head, row) = (scores.len() / width, heads.key_width());
+        // Rotated elements after a latent are no part of values.
+        let mixed_of = |dim: usize| if let Kept::Latent { rank, .. } = kept { rank } else { dim };
+        let (n_head, row) = (scores.len() / width, mixed_of(heads.key_width()));
         // Without the sign, so that -0 is nothing.
         let is_live = |scores: &Lanes| scores.iter().fold(0, |any, x| any | x.to_bits() << 1) != 0;
         let any = |panel: &u32| (0..n_head).any(|h| is_live(&scores[h * width + *panel as usize]));
@@ -261,11 +279,12 @@ impl Buffers {
         live.extend((0..width as u32).filter(any));
         mixed.resize(n_head * row, 0.0);
         let out = Columns::new(mixed, row);
-        let widest = heads.kv.iter().map(|kv| kv.score_dim).max().unwrap_or(0);
+        let widest = heads.kv.iter().map(|kv| mixed_of(kv.score_dim)).max().unwrap_or(0);
         let n_parts = widest.div_ceil(MIX_ELEMENTS);
         pass.crew.each_with(threads, heads.n_head_kv() * n_parts, |own, task| {
             let (head, start) = (task / n_parts, task % n_parts * MIX_ELEMENTS);
             let (dim, whole) = stored.dims(head);
+            let dim = mixed_of(dim);
             if start >= dim {
                 return;
             }
@@ -341,14 +360,15 @@ impl Buffers {
         let w = &pass.matrices.layers[stored.layer];
         let heads = stored.cache.stored(stored.layer);
         let width = heads.key_width();
-        let Buffers { latent, threads, .. } = self;
-        let LatentBuffers { rows, keys, values, .. } = latent;
+        let latent = &mut self.latent;
+        let mut rows = std::mem::take(&mut latent.rows);
+        let (mut keys, mut values) =
+            (std::mem::take(&mut latent.keys), std::mem::take(&mut latent.values));
         rows.resize(n, width);
         keys.resize(n * g.key_width(), 0.0);
-        values.resize(n * g.value_width(), 0.0);
         let out = Columns::new(&mut rows.floats, width);
-        let to_keys = Columns::new(keys, g.key_width());
-        pass.crew.each_with(threads, n.div_ceil(LANES), |own, i| {
+        let to_keys = Columns::new(&mut keys, g.key_width());
+        pass.crew.each_with(&mut self.threads, n.div_ceil(LANES), |own, i| {
             let rows = i * LANES..n.min((i + 1) * LANES);
             for head in 0..heads.n_head_kv() {
                 let ((dim, whole), at) = (stored.dims(head), heads.keys(head));
@@ -366,16 +386,20 @@ impl Buffers {
                 unsafe { spread(&own.tiles.tile[..dim], rows.clone(), at.start, to_keys) };
             }
         });
-        let copies = match g.kept {
-            Kept::Input { .. } => w.attn_k.copies | w.attn_v.copies,
-            _ => w.attn_v.copies,
-        };
-        rows.finish(pass.crew, copies, |_, _| {});
-        let mut outs = vec![(&w.attn_v, Columns::new(values, w.attn_v.n_out))];
-        if let Kept::Input { .. } = g.kept {
-            outs.push((&w.attn_k, Columns::new(keys, w.attn_k.n_out)));
+        match g.kept {
+            Kept::Latent { rank, .. } => {
+                let row = |t: usize| &rows.floats[t * width..][..width];
+                self.keys_and_values(pass, (w, g, rank), n, row, (&mut keys, &mut values));
+            }
+            _ => {
+                values.resize(n * g.value_width(), 0.0);
+                rows.finish(pass.crew, w.attn_v.copies, |_, _| {});
+                let outs = [(&w.attn_v, Columns::new(&mut values, w.attn_v.n_out))];
+                products(pass.crew, &outs, &rows.view(), &mut self.threads);
+            }
         }
-        products(pass.crew, &outs, &rows.view(), threads);
+        let latent = &mut self.latent;
+        (latent.rows, latent.keys, latent.values) = (rows, keys, values);
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod attend;
 mod cache;
+mod experts;
 mod forward;
 pub mod kernels;
 mod latent;
@@ -16,6 +17,7 @@ mod rows;
 mod runs;
 pub mod threads;
 mod tiles;
+mod two_steps;
 mod weights;
 
 pub use cache::{CacheType, KvCache};

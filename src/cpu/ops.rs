@@ -29,8 +29,31 @@ pub(super) fn activate(kind: Activation, x: &mut [f32]) {
         Activation::Silu => simd::silu(x),
         Activation::Gelu => simd::gelu(x),
         Activation::GeluTanh => simd::gelu_tanh(x),
+        // Only ever of a gate.
+        Activation::ClampedSwiglu => {}
     }
 }
+
+/// `up *= act(gate)`; `gate` is used up.
+pub(super) fn activate_product(kind: Activation, gate: &mut [f32], up: &mut [f32]) {
+    if kind == Activation::ClampedSwiglu {
+        for (g, u) in gate.iter_mut().zip(&mut *up) {
+            *g = g.min(CLAMP);
+            *u = u.clamp(-CLAMP, CLAMP) + 1.0;
+        }
+        // g sigmoid(a g) is silu(a g) / a.
+        simd::scale(gate, SWIGLU_SHARPNESS);
+        simd::silu(gate);
+        simd::scale(gate, 1.0 / SWIGLU_SHARPNESS);
+    } else {
+        activate(kind, gate);
+    }
+    simd::multiply(up, gate);
+}
+
+/// Limits and sharpness of gpt-oss's gate (arXiv 2508.10925).
+const CLAMP: f32 = 7.0;
+const SWIGLU_SHARPNESS: f32 = 1.702;
 
 /// The rotations of a model.
 pub(super) struct Rotations {

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::kernels::{Activations, Copies, LANES, LAYOUTS, Panels, Scratch, layout_of, multiply};
 use super::threads::{Columns, Team};
 use crate::error::{Error, Result};
-use crate::model::{Layer, Linear, Model, Weight};
+use crate::model::{Ffn, Layer, Linear, Model, Weight};
 use crate::simd;
 
 /// Bytes at which every packed matrix begins, for whole vectors.
@@ -30,6 +30,8 @@ pub(super) struct Matrix {
 enum Place {
     /// In panels, from a byte of the arena on.
     Packed { arena: Arc<MmapMut>, start: usize, layout: usize, stride: usize },
+    /// In the file, packed panel by panel as it is read.
+    Mapped { weight: Weight, layout: usize },
     /// In the file, for formats without a layout.
     File(Weight),
 }
@@ -41,9 +43,29 @@ pub(super) struct LayerMatrices {
     /// Makes values of the layer's input, or of keys where those are what is cached.
     pub(super) attn_v: Matrix,
     pub(super) attn_output: Matrix,
-    pub(super) ffn_gate: Option<Matrix>,
-    pub(super) ffn_up: Matrix,
-    pub(super) ffn_down: Matrix,
+    pub(super) latent: Option<LatentMatrices>,
+    pub(super) ffn: Option<FfnMatrices>,
+    pub(super) experts: Option<ExpertMatrices>,
+}
+
+/// Those of an FFN.
+pub(super) struct FfnMatrices {
+    pub(super) gate: Option<Matrix>,
+    pub(super) up: Matrix,
+    pub(super) down: Matrix,
+}
+
+/// Those of experts, which stay in the file, and what scores them.
+pub(super) struct ExpertMatrices {
+    pub(super) router: Matrix,
+    pub(super) all: Vec<FfnMatrices>,
+    n_used: usize,
+}
+
+/// What makes latents that queries, and keys and values, are made of.
+pub(super) struct LatentMatrices {
+    pub(super) q_a: Option<Matrix>,
+    pub(super) kv_a: Matrix,
 }
 
 /// All matrices that are multiplied.
@@ -57,7 +79,10 @@ pub(super) struct Matrices {
 fn linears<'a>(l: &'a Layer, map: &'a Option<Linear>) -> impl Iterator<Item = &'a Linear> {
     let v = map.as_ref().unwrap_or(&l.attn_v);
     let attention = [&l.attn_q, &l.attn_k, v, &l.attn_output].into_iter();
-    attention.chain(&l.ffn_gate).chain([&l.ffn_up, &l.ffn_down])
+    let latent = l.latent.iter();
+    let latents = latent.flat_map(|l| l.q_a.iter().map(|(q_a, _)| q_a).chain([&l.kv_a]));
+    let ffn = l.ffn.iter().flat_map(|f| f.gate.iter().chain([&f.up, &f.down]));
+    attention.chain(latents).chain(ffn).chain(l.experts.iter().map(|e| &e.router))
 }
 
 /// What becomes of a weight: its layout, and the bytes of its packed copy; `None` for one that
@@ -126,9 +151,20 @@ impl Matrices {
                 attn_k: linear(&l.attn_k),
                 attn_v: linear(map.as_ref().unwrap_or(&l.attn_v)),
                 attn_output: linear(&l.attn_output),
-                ffn_gate: l.ffn_gate.as_ref().map(&mut linear),
-                ffn_up: linear(&l.ffn_up),
-                ffn_down: linear(&l.ffn_down),
+                latent: l.latent.as_ref().map(|l| LatentMatrices {
+                    q_a: l.q_a.as_ref().map(|(q_a, _)| linear(q_a)),
+                    kv_a: linear(&l.kv_a),
+                }),
+                ffn: l.ffn.as_ref().map(|f| FfnMatrices {
+                    gate: f.gate.as_ref().map(&mut linear),
+                    up: linear(&f.up),
+                    down: linear(&f.down),
+                }),
+                experts: l.experts.as_ref().map(|e| ExpertMatrices {
+                    router: linear(&e.router),
+                    all: e.all.iter().map(|f| FfnMatrices::mapped(f, exact)).collect(),
+                    n_used: model.hparams.experts.map_or(0, |e| e.n_used),
+                }),
             })
             .collect();
         Ok(Matrices { layers, output: matrix(&model.output, None) })
@@ -141,28 +177,72 @@ impl Matrices {
 }
 
 impl LayerMatrices {
-    /// The copies of activations that queries, keys and values are made from.
+    /// The copies of activations that queries, keys and values, or their latents, are made from.
     pub(super) fn qkv_copies(&self) -> Copies {
-        self.attn_q.copies | self.attn_k.copies | self.attn_v.copies
+        match &self.latent {
+            None => self.attn_q.copies | self.attn_k.copies | self.attn_v.copies,
+            Some(l) => l.q_a.as_ref().unwrap_or(&self.attn_q).copies | l.kv_a.copies,
+        }
     }
 
     /// Those that the feed-forward block reads.
     pub(super) fn ffn_copies(&self) -> Copies {
-        self.ffn_gate.iter().fold(self.ffn_up.copies, |copies, w| copies | w.copies)
+        let experts = self.experts.iter();
+        let router = experts.clone().map(|e| e.router.copies);
+        let experts = experts.flat_map(|e| e.all.first()).map(FfnMatrices::copies);
+        let all = self.ffn.iter().map(FfnMatrices::copies).chain(router).chain(experts);
+        all.fold(Copies::default(), |a, b| a | b)
     }
 
     fn all(&self) -> impl Iterator<Item = &Matrix> {
         let attention = [&self.attn_q, &self.attn_k, &self.attn_v, &self.attn_output].into_iter();
-        attention.chain(&self.ffn_gate).chain([&self.ffn_up, &self.ffn_down])
+        let latents = self.latent.iter().flat_map(|l| l.q_a.iter().chain([&l.kv_a]));
+        // As many of the experts as a token goes through.
+        let used = self.experts.iter().flat_map(|e| &e.all[..e.n_used.min(e.all.len())]);
+        let ffns = self.ffn.iter().chain(used).flat_map(FfnMatrices::all);
+        attention.chain(latents).chain(self.experts.iter().map(|e| &e.router)).chain(ffns)
+    }
+}
+
+impl FfnMatrices {
+    /// Matrices that stay in the file.
+    fn mapped(f: &Ffn, exact: bool) -> FfnMatrices {
+        let mapped = |l: &Linear| Matrix::mapped(l, exact);
+        FfnMatrices { gate: f.gate.as_ref().map(mapped), up: mapped(&f.up), down: mapped(&f.down) }
+    }
+
+    /// The copies of activations that it reads.
+    pub(super) fn copies(&self) -> Copies {
+        self.gate.iter().fold(self.up.copies, |copies, w| copies | w.copies)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Matrix> {
+        self.gate.iter().chain([&self.up, &self.down])
     }
 }
 
 impl Matrix {
+    /// One that stays in the file, and is packed as it is read.
+    fn mapped(l: &Linear, exact: bool) -> Matrix {
+        let w = &l.weight;
+        let place = match packed(w, exact) {
+            Some((layout, _)) => Place::Mapped { weight: w.clone(), layout },
+            None => Place::File(w.clone()),
+        };
+        let copies = match place {
+            Place::Mapped { layout, .. } if !exact => Copies::of(layout),
+            _ => Copies::default(),
+        };
+        Matrix { n_in: w.n_in, n_out: w.n_out, copies, bias: l.bias.clone(), place }
+    }
+
     /// Bytes of its elements.
     pub(super) fn n_bytes(&self) -> usize {
         match &self.place {
             Place::Packed { stride, .. } => self.n_out.div_ceil(LANES) * stride,
-            Place::File(w) => w.format.row_bytes(w.n_in) * w.n_out,
+            Place::File(w) | Place::Mapped { weight: w, .. } => {
+                w.format.row_bytes(w.n_in) * w.n_out
+            }
         }
     }
 
@@ -189,6 +269,25 @@ impl Matrix {
                 };
                 // SAFETY: the caller's promise.
                 unsafe { multiply(&panels, x, scratch, out, start) };
+            }
+            Place::Mapped { weight: w, layout } => {
+                let stride = LAYOUTS[*layout].panel_bytes(self.n_in);
+                let mut panel = scratch.take_panel(stride);
+                for first in (row..row + n_rows).step_by(LANES) {
+                    let n_here = LANES.min(row + n_rows - first);
+                    let rows = (first..self.n_out.min(first + LANES)).map(|r| w.row(r));
+                    LAYOUTS[*layout].pack_panel(rows, panel.bytes(stride));
+                    let panels = Panels {
+                        layout: *layout,
+                        bytes: panel.bytes(stride),
+                        stride,
+                        n_in: self.n_in,
+                        n_rows: n_here,
+                    };
+                    // SAFETY: the caller's promise.
+                    unsafe { multiply(&panels, x, scratch, out, start + first - row) };
+                }
+                scratch.put_panel(panel);
             }
             Place::File(w) => {
                 let mut floats = vec![0.0f32; self.n_in];

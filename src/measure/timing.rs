@@ -93,7 +93,7 @@ fn round_at(session: &mut Session, n_prompt: usize, depth: usize) -> Result<[f64
 
 /// What all layers of these shapes cost together.
 pub fn total<'a>(model: &Model, layers: impl Iterator<Item = &'a Geometry>) -> Cost {
-    layers.map(|g| g.cost(model.hparams.n_embd)).sum()
+    layers.map(|g| g.cost(&model.hparams)).sum()
 }
 
 /// The shapes of a model's layers as they are.
@@ -176,12 +176,11 @@ impl Parts {
             .flat_map(|l| [&l.attn_q, &l.attn_k, &l.attn_v, &l.attn_output].map(|l| &l.weight));
         let bytes = |w: &Weight| w.format.row_bytes(w.n_in) * w.n_out;
         let n_bytes: usize = attention.map(bytes).sum();
-        let rest = layers().flat_map(|l| l.ffn_gate.iter().chain([&l.ffn_up, &l.ffn_down]));
-        let all = n_bytes + rest.map(|l| bytes(&l.weight)).sum::<usize>() + bytes(&model.output);
+        let all = session.bytes_per_token(0);
         let cost = total(model, shapes(model));
         Parts {
             cost,
-            byte_share: n_bytes as f64 / all as f64,
+            byte_share: n_bytes as f64 / all,
             product_share: cost.products as f64 / session.n_products() as f64,
             normalizing: normalizing(session, n.clamp(1, MAX_SCORES)),
         }
@@ -197,9 +196,11 @@ fn normalizing(session: &Session, n: usize) -> f64 {
     let mut once = || {
         let start = Instant::now();
         for attention in &model.attention {
+            let seen = attention.visible(n - 1, &(0..0));
+            let n_seen = seen.len();
             for head in 0..attention.geometry.n_head {
                 row.copy_from_slice(&scores);
-                attention.weigh(n - 1, head, &mut row);
+                attention.weigh((n - 1, &seen), head, &mut row[..n_seen]);
             }
         }
         start.elapsed().as_secs_f64()

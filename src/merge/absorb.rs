@@ -6,7 +6,7 @@
 //! The cache is smaller where kv heads are wider than half the model together: half as large without
 //! grouping. Each cached element takes part in a product with every query head, twice.
 
-use super::{Choice, Form, Geometry, Kept, Site, Verdict};
+use super::{Choice, Form, Geometry, Kept, Site, Verdict, no_latent};
 use crate::arch::{Hparams, LayerHparams};
 
 pub(super) struct Absorb;
@@ -26,6 +26,7 @@ impl Form for Absorb {
     }
 
     fn applies(&self, _: &Choice, site: &Site) -> Verdict {
+        no_latent(site)?;
         if site.rotates() {
             return Err(
                 "queries and keys are rotated, so an absorbed query would be another one for \
@@ -41,7 +42,7 @@ impl Form for Absorb {
     }
 
     fn geometry(&self, hparams: &Hparams, layer: &LayerHparams) -> Geometry {
-        let kept = Kept::Input { n_embd: hparams.n_embd };
+        let kept = Kept::Latent { rank: hparams.n_embd, n_rotated: 0 };
         Geometry { kept, ..Geometry::new(layer.n_head, hparams.kv_heads(layer)) }
     }
 }

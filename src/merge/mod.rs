@@ -9,6 +9,7 @@ mod absorb;
 mod center;
 mod cost;
 mod lowrank;
+mod mla;
 mod slim;
 mod split;
 
@@ -104,6 +105,16 @@ impl Site<'_> {
     }
 }
 
+/// Refuses layers whose keys and values are made of a latent.
+fn no_latent(site: &Site) -> Verdict {
+    match site.hparams.latent {
+        Some(_) => {
+            Err("keys and values are made of a latent; forms for that are split and mla".into())
+        }
+        None => Ok(()),
+    }
+}
+
 /// A layer to be rewritten.
 pub struct Trained<'a> {
     /// Where it is.
@@ -135,10 +146,13 @@ pub enum Kept {
         /// Planes of the rotation.
         n_planes: usize,
     },
-    /// The layer's normed input. Keys and values are made of it.
-    Input {
-        /// Its elements.
-        n_embd: usize,
+    /// A row for all heads: what keys and values are made of, and rotated elements that keys share.
+    Latent {
+        /// Elements that keys and values are made of: the layer's normed input, or what the model
+        /// makes of it.
+        rank: usize,
+        /// Elements after them, with which every key begins.
+        n_rotated: usize,
     },
 }
 
@@ -212,7 +226,7 @@ pub const BLOCK: usize = 32;
 
 /// Every form.
 pub static FORMS: &[&dyn Form] =
-    &[&split::Split, &center::Center, &lowrank::LowRank, &slim::Slim, &absorb::Absorb];
+    &[&split::Split, &center::Center, &lowrank::LowRank, &slim::Slim, &absorb::Absorb, &mla::Mla];
 
 /// The form of this name.
 pub fn find(name: &str) -> Result<&'static dyn Form> {
@@ -284,8 +298,9 @@ impl Geometry {
         match self.kept {
             Kept::KeysAndValues => {}
             Kept::Keys { .. } => stored.iter_mut().for_each(|head| head.value_dim = 0),
-            Kept::Input { n_embd } => {
-                stored = vec![KvHead { score_dim: n_embd, value_dim: 0, planes: None }];
+            Kept::Latent { rank, n_rotated } => {
+                let score_dim = rank + n_rotated;
+                stored = vec![KvHead { score_dim, value_dim: 0, planes: None }];
             }
         }
         stored

@@ -52,7 +52,8 @@ fn forms_of_the_same_matrices_are_timed() {
     let (parts, mut found) = auto.time(&mut session).unwrap();
     assert_eq!(session.model().plan.names(), before);
     let forms: Vec<&str> = found.iter().map(|c| &c.form[..]).collect();
-    assert_eq!(forms, ["split", "slim", "absorb"]);
+    assert_eq!(forms, ["split", "slim", "absorb", "mla"]);
+    assert!(found[3].timing.as_ref().is_err_and(|reason| reason.contains("latent")));
     // Of what can be had without a text, nothing is lost.
     assert!(found.iter().all(|c| c.loss.is_none()));
     let split = found[0].timing.clone().unwrap();

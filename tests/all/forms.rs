@@ -50,8 +50,17 @@ fn formed(name: &str, form: &str) -> Option<Model> {
     Some(model)
 }
 
-const MODELS: [&str; 7] =
-    ["gpt2", "llama", "llama-freqs", "llama-linear", "llama-yarn", "qwen2", "square"];
+const MODELS: [&str; 9] = [
+    "gpt2",
+    "llama",
+    "llama-freqs",
+    "llama-linear",
+    "llama-yarn",
+    "qwen2",
+    "square",
+    "deepseek2",
+    "deepseek3",
+];
 
 /// Every form that keeps something else, with every model that can have it; any condition goes.
 fn cases() -> Vec<(&'static str, String)> {
@@ -64,6 +73,9 @@ fn cases() -> Vec<(&'static str, String)> {
     let cases: Vec<_> =
         pairs.filter(|(m, f)| formed(m, f).as_ref().is_some_and(keeps_rows)).collect();
     assert!(cases.contains(&("gpt2", "absorb".into())));
+    for model in ["deepseek2", "deepseek3"] {
+        assert!(cases.contains(&(model, "mla".into())), "{model}");
+    }
     for model in ["gpt2", "square"] {
         assert!(cases.contains(&(model, "slim:cond=1e6".into())), "{model}");
     }
@@ -166,12 +178,14 @@ fn the_cache_is_as_large_as_the_form_says() {
         // Values come in whole panels.
         let values = g.kv.iter().map(|kv| kv.value_dim.next_multiple_of(8));
         let split = g.key_width() + values.sum::<usize>();
-        let n_embd = model.hparams.n_embd;
-        assert_eq!(g.cached(), n_embd, "{name} {form}");
-        let planes = match g.kept {
-            Kept::Keys { n_planes } => n_planes,
-            _ => 0,
+        let (cached, planes) = match g.kept {
+            Kept::Keys { n_planes } => (model.hparams.n_embd, n_planes),
+            Kept::Latent { rank, n_rotated } => (rank + n_rotated, 0),
+            Kept::KeysAndValues => unreachable!(),
         };
+        let of_input = form != "mla";
+        assert!(!of_input || cached == model.hparams.n_embd);
+        assert_eq!(g.cached(), cached, "{name} {form}");
         for (ty, bits) in [(CacheType::F32, 32), (CacheType::F16, 16)] {
             let options = Options { n_ctx: Some(64), cache: (ty, ty), ..Options::default() };
             let session = Session::new(Arc::new(formed(name, &form).unwrap()), &options).unwrap();

@@ -25,7 +25,10 @@ const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 
 fn goldens() -> Vec<Golden> {
     let model = |name: &str| Model::open(&Path::new(FOLDER).join(format!("{name}.gguf"))).unwrap();
-    ["arch.bin", "families.bin"].into_iter().flat_map(|file| records(file, model)).collect()
+    ["arch.bin", "families.bin", "experts.bin"]
+        .into_iter()
+        .flat_map(|file| records(file, model))
+        .collect()
 }
 
 /// The first model, with each of some normalizers.

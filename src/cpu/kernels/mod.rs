@@ -133,9 +133,13 @@ impl Packed {
     }
 }
 
-/// Memory that a thread keeps for unpacked panels.
+/// Memory that a thread keeps for unpacked panels, and for one that is packed as it is read.
 #[derive(Default)]
-pub struct Scratch(Vec<Aligned>);
+pub struct Scratch(Vec<Aligned>, PackedPanel);
+
+/// Memory for a packed panel.
+#[derive(Default)]
+pub struct PackedPanel(Vec<Aligned>);
 
 /// What the widest load needs.
 #[derive(Clone, Copy)]
@@ -150,6 +154,28 @@ impl Scratch {
             self.0.resize(n.div_ceil(64), Aligned([0; 64]));
         }
         self.0.as_mut_ptr().cast()
+    }
+
+    /// Memory for a panel of `n` bytes, until it is put back.
+    pub fn take_panel(&mut self, n: usize) -> PackedPanel {
+        let mut panel = std::mem::take(&mut self.1);
+        panel.0.resize(n.div_ceil(64), Aligned([0; 64]));
+        panel
+    }
+
+    /// Puts it back.
+    pub fn put_panel(&mut self, panel: PackedPanel) {
+        self.1 = panel;
+    }
+}
+
+impl PackedPanel {
+    /// Its first `n` bytes, as many as were asked for.
+    pub fn bytes(&mut self, n: usize) -> &mut [u8] {
+        // SAFETY: these are bytes, and no fewer.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), n.min(64 * self.0.len()))
+        }
     }
 }
 

@@ -146,8 +146,19 @@ fn condition(w: &Dense, rows: Range<usize>) -> Result<f64> {
     Ok(largest.unwrap_or(0.0) / smallest.unwrap_or(0.0).max(f64::MIN_POSITIVE))
 }
 
+/// Refuses models whose keys and values are no products of the layer's input with one matrix.
+fn no_latent(model: &Model) -> Result<()> {
+    if model.hparams.latent.is_some() {
+        bad_usage!(
+            "keys and values are made of a latent that is normed, so no product is a head's"
+        );
+    }
+    Ok(())
+}
+
 /// The heads of a selection.
 pub fn circuits(model: &Model, selection: &Selection) -> Result<Vec<Circuit>> {
+    no_latent(model)?;
     let of = |layer| of_layer(model, layer, &selection.heads, selection.n_directions);
     let all = selection.layers.clone().into_par_iter().map(of);
     Ok(all.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
@@ -306,6 +317,7 @@ const MAX_DENSE_BYTES: usize = 1 << 30;
 
 /// `W_QK` and `W_OV` of one head, multiplied out. `[n_embd, n_embd]` each, inputs by row.
 pub fn dense_products(model: &Model, layer: usize, head: usize) -> Result<[Vec<f32>; 2]> {
+    no_latent(model)?;
     let n_layer = model.layers.len();
     if layer >= n_layer {
         bad_usage!("layer {layer}; allowed 0 to {}", n_layer - 1);

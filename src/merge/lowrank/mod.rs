@@ -19,7 +19,8 @@ use self::ranks::{Part, Parts, Target, choose, shared};
 use self::solver::{Factors, factor, refit};
 use super::center::{may_center, mean_of};
 use super::{
-    BLOCK, Choice, Dense, Form, Geometry, Grams, KvHead, Rewritten, Site, Trained, Verdict, Weights,
+    BLOCK, Choice, Dense, Form, Geometry, Grams, KvHead, Rewritten, Site, Trained, Verdict,
+    Weights, no_latent,
 };
 use crate::arch::Pairing;
 use crate::error::{Error, Result};
@@ -84,6 +85,7 @@ impl Form for LowRank {
     }
 
     fn applies(&self, choice: &Choice, site: &Site) -> Verdict {
+        no_latent(site)?;
         let hp = site.hparams;
         if hp.qk_norm.is_some() && 2 * site.frequencies.len() < hp.key_dim {
             return Err(
