@@ -15,6 +15,12 @@ fn read(keys: &Keys) -> Result<Hparams> {
         ..decoder::decoder(keys, NormKind::Rms, Some(Pairing::Half))?
     };
     keys.windows(&mut hparams.layers, None, 4)?;
-    hparams.rotate_windows(|rope| Rope { scaling: Scaling::None, attn_factor: 1.0, ..rope });
+    let base = keys.positive_or_none("rope.freq_base_swa")?;
+    hparams.rotate_windows(|rope| Rope {
+        base: base.unwrap_or(rope.base),
+        scaling: Scaling::None,
+        attn_factor: 1.0,
+        ..rope
+    });
     Ok(hparams)
 }

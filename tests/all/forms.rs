@@ -50,7 +50,7 @@ fn formed(name: &str, form: &str) -> Option<Model> {
     Some(model)
 }
 
-const MODELS: [&str; 9] = [
+const MODELS: [&str; 12] = [
     "gpt2",
     "llama",
     "llama-freqs",
@@ -58,6 +58,11 @@ const MODELS: [&str; 9] = [
     "llama-yarn",
     "qwen2",
     "square",
+    // Biases on scores; a part of each head rotated; divisors of frequencies.
+    "bloom",
+    "gptneox",
+    "phi3-short",
+    // Latents.
     "deepseek2",
     "deepseek3",
 ];
@@ -72,14 +77,14 @@ fn cases() -> Vec<(&'static str, String)> {
     let keeps_rows = |m: &Model| m.attention[0].geometry.kept != Kept::KeysAndValues;
     let cases: Vec<_> =
         pairs.filter(|(m, f)| formed(m, f).as_ref().is_some_and(keeps_rows)).collect();
-    assert!(cases.contains(&("gpt2", "absorb".into())));
-    for model in ["deepseek2", "deepseek3"] {
-        assert!(cases.contains(&(model, "mla".into())), "{model}");
-    }
-    for model in ["gpt2", "square"] {
+    let of = |form: &str| -> Vec<&str> {
+        cases.iter().filter(|(_, own)| own == form).map(|c| c.0).collect()
+    };
+    assert_eq!(of("absorb"), ["gpt2", "bloom"]);
+    assert_eq!(of("mla"), ["deepseek2", "deepseek3"]);
+    for model in ["gpt2", "square", "bloom", "gptneox", "phi3-short"] {
         assert!(cases.contains(&(model, "slim:cond=1e6".into())), "{model}");
     }
-    assert!(cases.iter().all(|(m, form)| *m == "gpt2" || form != "absorb"));
     cases
 }
 
@@ -209,7 +214,8 @@ fn every_cache_type_loses_about_what_it_does_in_split() {
             let model = formed(name, &form).unwrap();
             let other = distance(&full, &trace(&mut session(model, ty), &tokens, 12));
             println!("{name} {form} {}: {split:.1e}, {other:.1e}", ty.name());
-            assert!(other < 1e-4 + 12.0 * split, "{name} {form} {}", ty.name());
+            // Keys that are all noise have a condition number of some hundreds.
+            assert!(other < 1e-4 + 40.0 * split, "{name} {form} {}", ty.name());
         }
     }
 }
@@ -294,6 +300,20 @@ fn a_session_takes_plans_with_other_forms() {
     assert_eq!(before, trace(&mut session, &tokens, 9));
 }
 
+/// In these families only some layers rotate.
+#[test]
+fn layers_that_do_not_rotate_can_be_absorbed() {
+    for name in ["smollm3", "cohere2"] {
+        let [split, other] = [open(name), formed(name, "3=absorb").unwrap()].map(|model| {
+            let tokens = tokens(&model, 40);
+            trace(&mut session(model, CacheType::F32), &tokens, 12)
+        });
+        let far = distance(&split, &other);
+        assert!(far < 1e-4, "{name}: {far:e}");
+        assert!(formed(name, "2=absorb").is_none());
+    }
+}
+
 #[test]
 fn forms_that_do_not_apply_say_why() {
     for (name, form, reason) in [
@@ -301,12 +321,16 @@ fn forms_that_do_not_apply_say_why() {
         ("llama", "absorb", "rotated"),
         ("llama", "slim", "W_K has no inverse"),
         ("qwen2", "slim", "W_K has no inverse"),
+        ("gemma3", "absorb", "rotated"),
+        ("exaone4", "3=absorb", "normed"),
+        ("olmo3", "slim", "several rotations"),
     ] {
         let mut model = open(name);
         let mut plan = model.plan.clone();
         plan.set_forms(form).unwrap();
         let text = model.check_forms(&plan).unwrap_err().to_string();
-        assert!(text.contains(reason) && text.contains("layer 0"), "{text}");
+        let layer = if form.starts_with('3') { "layer 3" } else { "layer 0" };
+        assert!(text.contains(reason) && text.contains(layer), "{text}");
         model.set_plan(plan);
     }
     let file = Tiny::llama().set("qkov.attention.form", "slim").bytes();
