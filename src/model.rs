@@ -419,7 +419,7 @@ impl Binder<'_> {
     /// Divisors of frequencies, and those in long contexts.
     fn rope_freqs(&mut self, hp: &Hparams) -> Result<[Option<Vec<f32>>; 2]> {
         let Some(rope) = hp.ropes.first() else { return Ok([None, None]) };
-        let has_divisors = self.has("rope_freqs.weight");
+        let has_divisors = hp.rope_freqs && self.has("rope_freqs.weight");
         let mut read = |name: &str| -> Result<Option<Vec<f32>>> {
             let divisors = self.vector(name, rope.dim / 2)?;
             if divisors.iter().any(|f| !f.is_finite() || *f <= 0.0) {

@@ -36,6 +36,7 @@ pub(super) fn decoder(keys: &Keys, kind: NormKind, pairing: Option<Pairing>) -> 
         temperature: None,
         latent: None,
         ropes: rope.into_iter().collect(),
+        rope_freqs: false,
         fused_qkv: keys.has_tensor("blk.0.attn_qkv.weight"),
         qkv_bias: Bias::Optional,
         attn_output_bias: Bias::Optional,

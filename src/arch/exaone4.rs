@@ -15,6 +15,7 @@ fn read(keys: &Keys) -> Result<Hparams> {
         post_norm: true,
         qk_norm: Some(QkNorm::Heads),
         ffn_bias: Bias::Never,
+        rope_freqs: true,
         ..decoder::decoder(keys, NormKind::Rms, Some(Pairing::Half))?
     };
     let window = (hparams.n_layer() == N_LAYER_32B).then_some(4096);

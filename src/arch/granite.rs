@@ -15,6 +15,7 @@ pub(super) fn read(keys: &Keys) -> Result<Hparams> {
         embedding_scale: keys.positive_or_none("embedding_scale")?.unwrap_or(1.0),
         residual_scale: keys.positive_or_none("residual_scale")?.unwrap_or(1.0),
         logit_scale: 1.0 / keys.positive("logit_scale")?,
+        rope_freqs: true,
         ..hparams
     })
 }

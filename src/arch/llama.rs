@@ -6,5 +6,5 @@ pub(super) const ARCH: Arch = Arch { name: "llama", read };
 
 fn read(keys: &Keys) -> Result<Hparams> {
     let hparams = decoder::decoder(keys, NormKind::Rms, Some(Pairing::Adjacent))?;
-    decoder::with_experts(keys, hparams, (true, 0))
+    decoder::with_experts(keys, Hparams { rope_freqs: true, ..hparams }, (true, 0))
 }

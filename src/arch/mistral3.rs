@@ -7,6 +7,7 @@ pub(super) const ARCH: Arch = Arch { name: "mistral3", read };
 
 fn read(keys: &Keys) -> Result<Hparams> {
     let mut hparams = decoder::decoder(keys, NormKind::Rms, Some(Pairing::Adjacent))?;
+    hparams.rope_freqs = true;
     let multiplier = keys.positive_or_none("rope.scaling.yarn_log_multiplier")?;
     for rope in &mut hparams.ropes {
         if let (Scaling::Yarn { factor, .. }, Some(multiplier)) = (rope.scaling, multiplier) {

@@ -125,6 +125,8 @@ pub struct Hparams {
     pub latent: Option<Latent>,
     /// Rotations of queries and keys, which layers choose from; all pair and rotate the same elements.
     pub ropes: Vec<Rope>,
+    /// Whether files may have divisors of their frequencies, `rope_freqs`.
+    pub rope_freqs: bool,
     /// Whether queries, keys and values share one tensor, `attn_qkv`.
     pub fused_qkv: bool,
     /// Bias of `attn_q`, `attn_k`, `attn_v` (or `attn_qkv`).

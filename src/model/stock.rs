@@ -1,7 +1,7 @@
 //! A rewritten model as a plain file, which programs that know nothing of rewriting can read.
 
 use super::{Model, NewLayer};
-use crate::arch::{Pairing, Scaling, rewritten};
+use crate::arch::{Hparams, Scaling, rewritten};
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{Bytes, Data, Gguf, Value, Writer};
@@ -41,7 +41,12 @@ impl Model {
             let n = [planes.len() as u64];
             writer.tensor("rope_freqs.weight", floats.ty, &n, Data::View(Bytes::from(divisors)))?;
         }
-        Ok(gguf.overlaid(Gguf::parse(Bytes::from(writer.to_bytes()?))?))
+        let gguf = gguf.overlaid(Gguf::parse(Bytes::from(writer.to_bytes()?))?);
+        let read = Hparams::read(&gguf, self.hparams.n_vocab)?;
+        if (read.attn_scale * scale / self.hparams.attn_scale - 1.0).abs() > 1e-5 {
+            bad_usage!("--stock: scores of this model have a factor that is not one by width");
+        }
+        Ok(gguf)
     }
 
     /// What all heads of all layers are, if it is one thing, and such that a plain file can say it.
@@ -54,10 +59,9 @@ impl Model {
                 hp.arch
             );
         }
-        if hp.ropes.iter().any(|rope| rope.pairing != Pairing::Adjacent) {
+        if !hp.rope_freqs {
             bad_usage!(
-                "--stock: other programs read divisors of frequencies only where adjacent elements are \
-                 rotated together; {} is not so",
+                "--stock: other programs read no divisors of frequencies from files of the architecture {}",
                 hp.arch
             );
         }

@@ -62,8 +62,9 @@ def kinds(windows):
 
 
 N_TOKENS = 40
-# Seeds of weights with which no two tokens are nearly as good, where the first has some.
-SEEDS = {"olmo3": 3, "exaone4": 2, "stablelm-parallel": 2, "gptneox-serial": 3}
+# Seeds of weights with which no two tokens are nearly as good, and keys have an inverse, where the
+# first does not.
+SEEDS = {"olmo3": 3, "exaone4": 3, "stablelm-parallel": 2, "gptneox-serial": 3, "bloom": 8}
 LONG = [1.0, 1.5, 2.5, 6.0]
 SHORT = [1.0, 1.1, 1.4, 1.3]
 
@@ -74,7 +75,7 @@ MODELS = [
         "gemma2",
         "gemma2",
         dict(
-            **shape(36, 56, 4, 2, 3),
+            **shape(24, 40, 4, 2, 3),
             head_dim=10,
             query_pre_attn_scalar=10,
             attn_logit_softcapping=3.0,
@@ -131,7 +132,7 @@ MODELS = [
     (
         "olmo2",
         "olmo2",
-        dict(**shape(36, 52, 6, 2, tied=False), rope_parameters=rope(700.0)),
+        dict(**shape(24, 40, 4, 2, tied=False), rope_parameters=rope(700.0)),
     ),
     (
         "olmo3",
@@ -157,7 +158,7 @@ MODELS = [
         "granite",
         "granite",
         dict(
-            **shape(36, 52, 6, 3, tied=False),
+            **shape(24, 40, 4, 2, tied=False),
             attention_multiplier=0.6,
             embedding_multiplier=3.0,
             residual_multiplier=0.7,
@@ -190,7 +191,14 @@ MODELS = [
             **shape(24, 36, 3, 1, 5),
             sliding_window=9,
             layer_types=kinds("www-w"),
-            rope_parameters=rope(700.0),
+            rope_parameters=rope(
+                700.0,
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
         ),
     ),
     (
@@ -220,16 +228,16 @@ MODELS = [
     (
         "internlm2",
         "internlm2",
-        dict(**shape(36, 52, 6, 2, tied=False), rope_parameters=rope(700.0)),
+        dict(**shape(24, 40, 4, 2, tied=False), rope_parameters=rope(700.0)),
     ),
     (
         "stablelm",
         "stablelm",
         dict(
-            **shape(40, 52, 4, 2, tied=False),
+            **shape(24, 40, 3, 1, tied=False),
             layer_norm_eps=EPS,
             use_qkv_bias=True,
-            rope_parameters=rope(700.0, partial_rotary_factor=0.4),
+            rope_parameters=rope(700.0, partial_rotary_factor=0.5),
         ),
     ),
     (
@@ -258,7 +266,7 @@ MODELS = [
         "falcon",
         "falcon",
         dict(
-            **shape(36, 144, 6, 1),
+            **shape(24, 96, 4, 1),
             layer_norm_epsilon=EPS,
             multi_query=True,
             parallel_attn=True,
@@ -297,8 +305,8 @@ MODELS = [
         "bloom",
         "bloom",
         dict(
-            hidden_size=36,
-            n_head=6,
+            hidden_size=24,
+            n_head=3,
             n_layer=2,
             layer_norm_epsilon=EPS,
             tie_word_embeddings=True,
@@ -359,6 +367,10 @@ def tensors(model, family):
     for name, rows in stacks.items():
         yield file_name(names, f"{name}.weight"), np.stack(rows).astype(np.float32)
     scaling = rope_parameters(config)
+    if scaling.get("rope_type") == "llama3":
+        inverse = model.model.rotary_emb.inv_freq.numpy()
+        plain = scaling["rope_theta"] ** -(np.arange(len(inverse)) / len(inverse))
+        yield "rope_freqs.weight", (plain / inverse).astype(np.float32)
     if scaling.get("rope_type") == "longrope":
         yield "rope_factors_long.weight", np.array(scaling["long_factor"], np.float32)
         yield "rope_factors_short.weight", np.array(scaling["short_factor"], np.float32)

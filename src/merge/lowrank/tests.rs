@@ -112,6 +112,7 @@ fn hparams(case: Case) -> Hparams {
         max_alibi_bias: None,
         temperature: None,
         ropes: case.rope.map(rope).into_iter().collect(),
+        rope_freqs: true,
         fused_qkv: false,
         qkv_bias: Bias::Optional,
         attn_output_bias: Bias::Optional,
