@@ -526,7 +526,7 @@ impl Binder<'_> {
         let mut plan = Plan::trained(hp)?;
         for (i, layer) in hp.layers.iter().enumerate() {
             let name = format!("blk.{i}.attn_sinks.weight");
-            if self.has(&name) {
+            if hp.needs_sinks || self.has(&name) {
                 let sinks = self.vector(&name, layer.n_head)?;
                 for (head, s) in sinks.iter().enumerate() {
                     if !s.is_finite() {

@@ -31,6 +31,7 @@ pub(super) fn decoder(keys: &Keys, kind: NormKind, pairing: Option<Pairing>) -> 
         qk_norm: None,
         post_norm: false,
         parallel: false,
+        needs_sinks: false,
         learned_positions: false,
         max_alibi_bias: None,
         temperature: None,

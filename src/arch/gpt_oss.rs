@@ -6,6 +6,7 @@ pub(super) const ARCH: Arch = Arch { name: "gpt-oss", read };
 
 fn read(keys: &Keys) -> Result<Hparams> {
     let mut hparams = Hparams {
+        needs_sinks: true,
         // Which stands before the experts, whatever its name.
         ffn_norm: Some("post_attention_norm"),
         qkv_bias: Bias::Required,

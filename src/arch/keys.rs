@@ -236,7 +236,8 @@ impl<'a> Keys<'a> {
             _ => Gating::Softmax,
         };
         let groups = self.count_or_none("expert_group_count", 0..=n as u32)?.unwrap_or(0);
-        let groups_used = self.count_or_none("expert_group_used_count", 0..=groups as u32)?;
+        let most = if groups > 0 { groups as u32 } else { u32::MAX };
+        let groups_used = self.count_or_none("expert_group_used_count", 0..=most)?;
         if groups > 1 && n % groups != 0 {
             bad_file!("{n} experts are not a multiple of {groups} groups");
         }

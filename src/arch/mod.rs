@@ -114,6 +114,8 @@ pub struct Hparams {
     pub post_norm: bool,
     /// Whether attention and FFN both read the residual stream as it enters the layer.
     pub parallel: bool,
+    /// Whether all heads have sinks, `attn_sinks`; others may.
+    pub needs_sinks: bool,
     /// Whether positions come from a learned table, `position_embd`.
     pub learned_positions: bool,
     /// Exponent of the steepest slope of linear biases: scores of `n` heads lose `2^(-max (i + 1) / n)`

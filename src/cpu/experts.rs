@@ -4,7 +4,8 @@
 //! experts, so that a token's sum has the same bits whatever is in the batch.
 #![allow(unsafe_code)]
 
-use super::forward::{Buffers, Pass, ffn_rows, products, rows_per_task};
+use super::ffn::ffn_rows;
+use super::forward::{Buffers, Pass, products, rows_per_task};
 use super::rows::Rows;
 use super::threads::Columns;
 use super::weights::ExpertMatrices;

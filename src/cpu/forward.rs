@@ -9,10 +9,10 @@ use super::experts::ExpertBuffers;
 use super::kernels::{Activations, Copies, LANES, Scratch};
 use super::latent::{LatentBuffers, Tiles};
 use super::observe::Observer;
-use super::ops::{Rotation, Rotations, activate, activate_product, norm_row, norm_with};
-use super::rows::{Parts, Rows};
+use super::ops::{Rotation, Rotations, norm_row, norm_with};
+use super::rows::Rows;
 use super::threads::{Columns, Crew, Team};
-use super::weights::{FfnMatrices, LayerMatrices, Matrices, Matrix};
+use super::weights::{LayerMatrices, Matrices, Matrix};
 use crate::arch::QkNorm;
 use crate::error::Result;
 use crate::merge::Kept;
@@ -53,8 +53,8 @@ pub(super) struct Buffers {
     /// Scores of a single token. `[n_head, n_keys]`
     pub(super) scores: Vec<f32>,
     /// `[n, n_ff]`
-    gate: Vec<f32>,
-    up: Rows,
+    pub(super) gate: Vec<f32>,
+    pub(super) up: Rows,
     /// Cosines and sines, for each of the model's rotations. `[n]`, each `[rope.dim / 2]`
     angles: Vec<Vec<Vec<[f32; 2]>>>,
     /// Where tokens go through experts.
@@ -464,23 +464,6 @@ impl Buffers {
         });
     }
 
-    /// `act(gate) * up`, or `act(up)`.
-    fn ffn(&mut self, pass: &Pass, w: &FfnMatrices, n: usize) {
-        let Buffers { normed, gate, up, threads, .. } = self;
-        let n_ff = w.up.n_out;
-        up.resize(n, n_ff);
-        gate.resize(if w.gate.is_some() { n * n_ff } else { 0 }, 0.0);
-        let x = normed.view();
-        let (gate, up) = (Columns::new(gate, n_ff), up.parts(w.down.copies));
-        let n_rows = rows_per_task(pass.crew, n_ff).next_multiple_of(32);
-        pass.crew.each_with(threads, n_ff.div_ceil(n_rows), |own, task| {
-            let start = task * n_rows;
-            let len = n_rows.min(n_ff - start);
-            // SAFETY: tasks have rows of their own.
-            unsafe { ffn_rows(pass, w, (start, len), &x, &mut own.scratch, (gate, &up)) };
-        });
-    }
-
     /// Adds a product to the residual stream, normed where the model norms it.
     fn add_product(&mut self, pass: &Pass, w: &Matrix, source: Source, post: Option<&NormWeight>) {
         let hp = &pass.model.hparams;
@@ -537,36 +520,6 @@ impl Buffers {
                 }
             });
         }
-    }
-}
-
-/// Elements of the activated product of an FFN's gate and what it is multiplied with, for all tokens.
-///
-/// # Safety
-/// Nobody else uses those elements meanwhile.
-pub(super) unsafe fn ffn_rows(
-    pass: &Pass,
-    w: &FfnMatrices,
-    (start, len): (usize, usize),
-    x: &Activations,
-    scratch: &mut Scratch,
-    (gate, up): (Columns<f32>, &Parts),
-) {
-    let activation = pass.model.hparams.activation;
-    // SAFETY: the caller's promise.
-    unsafe {
-        w.up.multiply((start, len), x, scratch, up.floats, start);
-        if let Some(w) = &w.gate {
-            w.multiply((start, len), x, scratch, gate, start);
-        }
-        for t in 0..x.n {
-            let up = up.floats.part(t, start, len);
-            match w.gate {
-                Some(_) => activate_product(activation, gate.part(t, start, len), up),
-                None => activate(activation, up),
-            }
-        }
-        up.round(0..x.n, start, len);
     }
 }
 

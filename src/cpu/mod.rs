@@ -7,6 +7,7 @@
 mod attend;
 mod cache;
 mod experts;
+mod ffn;
 mod forward;
 pub mod kernels;
 mod latent;

@@ -51,7 +51,7 @@ pub(super) fn activate_product(kind: Activation, gate: &mut [f32], up: &mut [f32
     simd::multiply(up, gate);
 }
 
-/// Limits and sharpness of gpt-oss's gate (arXiv 2508.10925).
+/// Limits and sharpness of a clamped gate (arXiv 2508.10925).
 const CLAMP: f32 = 7.0;
 const SWIGLU_SHARPNESS: f32 = 1.702;
 

@@ -30,8 +30,10 @@ impl Binder<'_> {
         };
         let kv_a_norm = self.norm(&at("attn_kv_a_norm"), latent.rank, hp)?;
         let (made, value_dim) = (hp.key_dim - latent.n_rotated, hp.value_dim);
-        let [k, v] = match self.has(&at("attn_kv_b.weight")) {
-            true => {
+        let is_apart =
+            ["attn_k_b.weight", "attn_v_b.weight"].iter().any(|name| self.has(&at(name)));
+        let [k, v] = match is_apart {
+            false => {
                 let both =
                     self.matrix(&at("attn_kv_b.weight"), latent.rank, n * (made + value_dim))?;
                 let rows = |start: usize, n_rows: usize| {
@@ -42,7 +44,7 @@ impl Binder<'_> {
                 };
                 [rows(0, made), rows(made, value_dim)]
             }
-            false => {
+            true => {
                 let k = self.shaped(&at("attn_k_b.weight"), &[made, latent.rank, n])?;
                 let v = self.shaped(&at("attn_v_b.weight"), &[latent.rank, value_dim, n])?;
                 [k.turned(n)?, v]

@@ -213,7 +213,8 @@ fn rules_between_keys() {
     let odd = "must be even and at most the head width 4";
     says("odd", set("llama.rope.dimension_count", 3), &["dimension_count = 3", odd]);
     says("wide", set("llama.rope.dimension_count", 6), &["dimension_count = 6", odd]);
-    says("experts", set("llama.expert_count", 8), &["= 8; mixtures of experts are not supported"]);
+    let missing = "missing key \"llama.expert_used_count\"; allowed 1..=8";
+    says("experts", set("llama.expert_count", 8), &[missing]);
     let scaling = hparams(&all_keys().set("llama.rope.scaling.type", "long\nrope"));
     says("scaling", scaling, &["= \"long\\nrope\"; allowed none, linear, yarn, longrope"]);
 

@@ -108,6 +108,7 @@ fn hparams(case: Case) -> Hparams {
         qk_norm: case.qk_norm.then_some(QkNorm::Heads),
         post_norm: false,
         parallel: false,
+        needs_sinks: false,
         learned_positions: false,
         max_alibi_bias: None,
         temperature: None,

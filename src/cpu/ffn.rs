@@ -1,0 +1,58 @@
+//! The feed-forward network.
+#![allow(unsafe_code)]
+
+use super::forward::{Buffers, Pass, rows_per_task};
+use super::kernels::{Activations, Scratch};
+use super::ops::{activate, activate_product};
+use super::rows::Parts;
+use super::threads::Columns;
+use super::weights::FfnMatrices;
+
+impl Buffers {
+    /// `act(gate) * up`, or `act(up)`.
+    pub(super) fn ffn(&mut self, pass: &Pass, w: &FfnMatrices, n: usize) {
+        let Buffers { normed, gate, up, threads, .. } = self;
+        let n_ff = w.up.n_out;
+        up.resize(n, n_ff);
+        gate.resize(if w.gate.is_some() { n * n_ff } else { 0 }, 0.0);
+        let x = normed.view();
+        let (gate, up) = (Columns::new(gate, n_ff), up.parts(w.down.copies));
+        let n_rows = rows_per_task(pass.crew, n_ff).next_multiple_of(32);
+        pass.crew.each_with(threads, n_ff.div_ceil(n_rows), |own, task| {
+            let start = task * n_rows;
+            let len = n_rows.min(n_ff - start);
+            // SAFETY: tasks have rows of their own.
+            unsafe { ffn_rows(pass, w, (start, len), &x, &mut own.scratch, (gate, &up)) };
+        });
+    }
+}
+
+/// Elements of the activated product of an FFN's gate and what it is multiplied with, for all tokens.
+///
+/// # Safety
+/// Nobody else uses those elements meanwhile.
+pub(super) unsafe fn ffn_rows(
+    pass: &Pass,
+    w: &FfnMatrices,
+    (start, len): (usize, usize),
+    x: &Activations,
+    scratch: &mut Scratch,
+    (gate, up): (Columns<f32>, &Parts),
+) {
+    let activation = pass.model.hparams.activation;
+    // SAFETY: the caller's promise.
+    unsafe {
+        w.up.multiply((start, len), x, scratch, up.floats, start);
+        if let Some(w) = &w.gate {
+            w.multiply((start, len), x, scratch, gate, start);
+        }
+        for t in 0..x.n {
+            let up = up.floats.part(t, start, len);
+            match w.gate {
+                Some(_) => activate_product(activation, gate.part(t, start, len), up),
+                None => activate(activation, up),
+            }
+        }
+        up.round(0..x.n, start, len);
+    }
+}
