@@ -5,7 +5,7 @@ use super::*;
 
 pub(super) const ARCH: Arch = Arch { name: "exaone4", read };
 
-/// Layers of the model whose files may leave its window out.
+/// Layers of the model whose files may leave its window out; llama.cpp reads one with no other number.
 const N_LAYER_32B: usize = 64;
 
 fn read(keys: &Keys) -> Result<Hparams> {

@@ -366,6 +366,11 @@ impl Hparams {
             bad_file!("architecture \"{}\" is not supported; known: {}", excerpt(name), known());
         };
         let mut hparams = (arch.read)(&Keys::new(gguf, arch.name))?;
+        if hparams.experts.is_none() && hparams.layers.iter().any(|layer| layer.has_experts) {
+            bad_file!(
+                "key \"{name}.expert_count\": {name} with experts is not supported; expected 0 or none"
+            );
+        }
         rewritten::read(gguf, &mut hparams)?;
         Ok(Hparams { n_vocab, ..hparams })
     }

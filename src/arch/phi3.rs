@@ -12,7 +12,7 @@ fn read(keys: &Keys) -> Result<Hparams> {
         ffn_bias: Bias::Never,
         ..decoder::decoder(keys, NormKind::Rms, Some(Pairing::Half))?
     };
-    // Of all layers, where there is one.
+    // Of all layers, where there is one; llama.cpp leaves it out.
     keys.windows(&mut hparams.layers, None, 0)?;
     Ok(hparams)
 }

@@ -124,6 +124,19 @@ fn every_key_is_read_in_its_range() {
 }
 
 #[test]
+fn experts_are_refused_where_the_family_has_none() {
+    let (_, gguf) = files().into_iter().find(|(name, _)| name == "falcon").unwrap();
+    let mut writer = Writer::new();
+    writer.copy_metadata(&gguf).unwrap();
+    for key in ["expert_count", "expert_feed_forward_length"] {
+        writer.set(&format!("falcon.{key}"), Value::U32(8)).unwrap();
+    }
+    let metadata = Gguf::parse(Bytes::from(writer.to_bytes().unwrap())).unwrap();
+    let model = Model::from_gguf(gguf.overlaid(metadata));
+    says("experts", model, &["key \"falcon.expert_count\"", "not supported"]);
+}
+
+#[test]
 fn windows_are_flags_or_a_period() {
     let (_, gguf) = files().into_iter().find(|(name, _)| name == "gemma2").unwrap();
     let key = "gemma2.attention.sliding_window_pattern";
