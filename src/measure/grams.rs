@@ -64,6 +64,8 @@ struct LayerSums {
     outputs: Vec<Mutex<Sums>>,
     /// Of each kv head.
     keys: Vec<Mutex<Sums>>,
+    /// Of each kv head, of values themselves. `[value_dim]`
+    values: Vec<Mutex<Vec<f64>>>,
 }
 
 impl LayerSums {
@@ -73,6 +75,7 @@ impl LayerSums {
             queries: (0..g.n_head).map(|h| sums(g.queries(h).len())).collect(),
             outputs: (0..g.n_head).map(|h| sums(g.outputs(h).len())).collect(),
             keys: g.kv.iter().map(|kv| sums(kv.score_dim)).collect(),
+            values: g.kv.iter().map(|kv| Mutex::new(vec![0.0; kv.value_dim])).collect(),
         }
     }
 
@@ -82,6 +85,11 @@ impl LayerSums {
         };
         let (queries, keys) = (all(self.queries)?, all(self.keys)?);
         let outputs = all(self.outputs)?;
+        let values = self.values.into_iter().map(|sum| {
+            let sum = sum.into_inner().ok()?;
+            Some(sum.iter().map(|x| x / n_tokens.max(1) as f64).collect())
+        });
+        let value_means = values.collect::<Option<Vec<Vec<f64>>>>()?;
         let per_kv = queries.len() / keys.len();
         let of_group = |group: &[Sums]| {
             let mut sum = Sums::new(group[0].dim);
@@ -92,6 +100,7 @@ impl LayerSums {
             queries: queries.chunks(per_kv).map(of_group).collect(),
             key_means: keys.iter().map(|s| s.mean_row(n_tokens)).collect(),
             keys: keys.iter().map(|s| s.mean(n_tokens)).collect(),
+            value_means,
             output_means: outputs.iter().map(|s| s.mean_row(n_tokens)).collect(),
             outputs: outputs.iter().map(|s| s.mean(n_tokens)).collect(),
         })
@@ -124,6 +133,11 @@ impl Observer for Gatherer {
         add(&layer.outputs[seen.head], seen.outputs);
         if seen.head.is_multiple_of(per_kv) {
             add(&layer.keys[seen.head / per_kv], seen.keys);
+            if let Ok(mut sum) = layer.values[seen.head / per_kv].lock() {
+                for row in seen.values.iter() {
+                    sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x));
+                }
+            }
         }
     }
 }

@@ -72,24 +72,16 @@ pub(super) fn may_center(site: &Site) -> Verdict {
     }
 }
 
-/// The mean of some rows.
-pub(super) fn mean_of(rows: &[Vec<f64>]) -> Vec<f64> {
-    let sum = |i: usize| rows.iter().map(|row| row[i]).sum::<f64>();
-    (0..rows.first().map_or(0, Vec::len)).map(|i| sum(i) / rows.len() as f64).collect()
-}
-
 fn centered(layer: &Trained, grams: Option<&Grams>) -> Rewritten {
     let (site, mut w) = (&layer.site, (layer.weights)());
     let hp = site.hparams;
     let geometry = Geometry::new(site.at().n_head, hp.kv_heads(site.at()));
-    let per_kv = geometry.per_kv();
     let n = geometry.n_head_kv();
     if !site.rotates() && hp.qk_norm.is_none() {
         let means = grams.map(|g| g.key_means.concat());
         take(&mut w.k.bias, means);
     }
-    let of_values = |g: &Grams| g.output_means.chunks(per_kv).flat_map(mean_of).collect();
-    let taken = take(&mut w.v.bias, grams.map(of_values));
+    let taken = take(&mut w.v.bias, grams.map(|g| g.value_means.concat()));
     give_back(&mut w, &geometry, &taken);
     let errors = vec![0.0; n];
     Rewritten {

@@ -217,6 +217,8 @@ pub struct Grams {
     pub outputs: Vec<Mat<f64>>,
     /// For each kv head, means over tokens. `[key_dim]`
     pub key_means: Vec<Vec<f64>>,
+    /// The same of values. `[value_dim]`
+    pub value_means: Vec<Vec<f64>>,
     /// For each query head, the same of its output. `[value_dim]`
     pub output_means: Vec<Vec<f64>>,
 }

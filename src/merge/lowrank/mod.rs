@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use self::ranks::{Part, Parts, Target, choose, shared};
 use self::solver::{Factors, factor, refit};
-use super::center::{may_center, mean_of};
+use super::center::may_center;
 use super::{
     BLOCK, Choice, Dense, Form, Geometry, Grams, KvHead, Rewritten, Site, Trained, Verdict,
     Weights, no_latent,
@@ -207,6 +207,12 @@ fn about(gram: &Mat<f64>, mean: &[f64], center: Option<&[f64]>) -> Mat<f64> {
     let Some(c) = center else { return gram.clone() };
     let n = gram.nrows();
     Mat::from_fn(n, n, |i, j| gram[(i, j)] - mean[i] * c[j] - c[i] * mean[j] + c[i] * c[j])
+}
+
+/// The mean of some rows.
+fn mean_of(rows: &[Vec<f64>]) -> Vec<f64> {
+    let sum = |i: usize| rows.iter().map(|row| row[i]).sum::<f64>();
+    (0..rows.first().map_or(0, Vec::len)).map(|i| sum(i) / rows.len() as f64).collect()
 }
 
 impl Solved {
@@ -552,6 +558,7 @@ impl Grams {
             keys: (0..n_head_kv).map(|kv| moment(&weights.k, kv, hp.key_dim)).collect(),
             outputs: (0..n_head).map(|h| values[h / per_kv].clone()).collect(),
             key_means: (0..n_head_kv).map(|kv| mean(&weights.k, kv, hp.key_dim)).collect(),
+            value_means: (0..n_head_kv).map(|kv| mean(&weights.v, kv, hp.value_dim)).collect(),
             output_means: (0..n_head).map(|h| mean(&weights.v, h / per_kv, hp.value_dim)).collect(),
         }
     }

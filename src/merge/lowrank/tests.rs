@@ -227,6 +227,9 @@ impl Layer {
             keys: keys.iter().map(|k| second_moment(k)).collect(),
             outputs: outputs.iter().map(|z| second_moment(z)).collect(),
             key_means: keys.iter().map(|k| mean_of(k)).collect(),
+            value_means: (0..g.n_head_kv())
+                .map(|kv| mean_of(&self.rows(&w.v, g.values(kv))))
+                .collect(),
             output_means: outputs.iter().map(|z| mean_of(z)).collect(),
         }
     }
