@@ -318,9 +318,10 @@ impl Buffers {
         let copies = cache.key_copies();
         let Buffers { q, heads, threads, .. } = self;
         let heads = Columns::new(&mut heads.floats[..], heads.width);
-        // The longest rows first, so that no thread ends with one.
+        // A head after the other, whose keys and values stay near; its longest rows first, so that no
+        // thread ends with one.
         pass.crew.each_with(threads, n_head_kv * n_blocks, |own, task| {
-            let (head, block) = (task % n_head_kv, n_blocks - 1 - task / n_head_kv);
+            let (head, block) = (task / n_blocks, n_blocks - 1 - task % n_blocks);
             let tokens = block * n_block..n.min((block + 1) * n_block);
             let n_rows = tokens.len() * per_kv;
             let start = g.queries(head * per_kv).start;
