@@ -6,15 +6,5 @@ use super::*;
 pub(super) const ARCH: Arch = Arch { name: "bloom", read };
 
 fn read(keys: &Keys) -> Result<Hparams> {
-    Ok(Hparams {
-        embedding_norm: true,
-        max_alibi_bias: Some(8.0),
-        fused_qkv: true,
-        qkv_bias: Bias::Required,
-        attn_output_bias: Bias::Required,
-        ffn_bias: Bias::Required,
-        activation: Activation::GeluTanh,
-        ffn_gate: Gate::None,
-        ..decoder::decoder(keys, NormKind::Layer, None)?
-    })
+    Ok(Hparams { embedding_norm: true, max_alibi_bias: Some(8.0), ..decoder::ungated(keys, None)? })
 }

@@ -51,7 +51,21 @@ pub(super) fn decoder(keys: &Keys, kind: NormKind, pairing: Option<Pairing>) -> 
     })
 }
 
-/// The same with experts in place of every FFN, if the file has them, and with what all tokens go
+/// Decoders as since GPT-2: LayerNorm, biases everywhere, queries, keys and values in one matrix, GELU
+/// without a gate.
+pub(super) fn ungated(keys: &Keys, pairing: Option<Pairing>) -> Result<Hparams> {
+    Ok(Hparams {
+        fused_qkv: true,
+        qkv_bias: Bias::Required,
+        attn_output_bias: Bias::Required,
+        ffn_bias: Bias::Required,
+        activation: Activation::GeluTanh,
+        ffn_gate: Gate::None,
+        ..decoder(keys, NormKind::Layer, pairing)?
+    })
+}
+
+/// A decoder with experts in place of every FFN, if the file has them, and with what all tokens go
 /// through beside them, if `n_shared` is not 0.
 pub(super) fn with_experts(
     keys: &Keys,

@@ -8,12 +8,7 @@ pub(super) const ARCH: Arch = Arch { name: "gptneox", read };
 fn read(keys: &Keys) -> Result<Hparams> {
     Ok(Hparams {
         parallel: keys.flag("use_parallel_residual", true)?,
-        fused_qkv: true,
-        qkv_bias: Bias::Required,
-        attn_output_bias: Bias::Required,
-        ffn_bias: Bias::Required,
         activation: Activation::Gelu,
-        ffn_gate: Gate::None,
-        ..decoder::decoder(keys, NormKind::Layer, Some(Pairing::Half))?
+        ..decoder::ungated(keys, Some(Pairing::Half))?
     })
 }

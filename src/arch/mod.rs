@@ -381,6 +381,11 @@ impl Hparams {
         layer.rewritten.clone().unwrap_or_else(|| vec![trained; layer.n_head_kv])
     }
 
+    /// A context of `n` tokens, or of as many as the model has positions for.
+    pub fn within_positions(&self, n: usize) -> usize {
+        if self.learned_positions { n.min(self.n_ctx_train) } else { n }
+    }
+
     /// The rotation of a layer.
     pub fn rope(&self, layer: usize) -> Option<&Rope> {
         self.ropes.get(self.layers[layer].rope?)

@@ -52,14 +52,14 @@ pub(super) struct Bench {
     cold: bool,
     /// Form of the output
     #[arg(short, long, value_name = "FORM", default_value = "md")]
-    pub(super) output: Form,
+    output: Form,
     /// The same as --output json
     #[arg(long)]
-    pub(super) json: bool,
+    json: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum Form {
+enum Form {
     Md,
     Json,
     Csv,
@@ -112,13 +112,8 @@ impl Run for Bench {
         }
         bar.finish_and_clear();
         let starts = Starts { cold, warm };
-        let rows: Vec<Value> = runs.iter().map(|r| self.row(&session, &starts, r)).collect();
-        match self.output {
-            _ if self.json => print_json(&rows),
-            Form::Json => print_json(&rows),
-            Form::Csv => print(csv(&rows).as_bytes()),
-            Form::Md => self.table(&session, &starts, &runs),
-        }
+        let rows = runs.iter().map(|r| self.row(&session, &starts, r)).collect();
+        self.report(rows, || self.table(&session, &starts, &runs))
     }
 }
 
@@ -138,6 +133,20 @@ struct Starts {
 }
 
 impl Bench {
+    /// Prints rows as asked for; `table` prints them for people.
+    pub(super) fn report(
+        &self,
+        rows: Vec<Value>,
+        table: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        match self.output {
+            _ if self.json => print_json(&rows),
+            Form::Json => print_json(&rows),
+            Form::Csv => print(csv(&rows).as_bytes()),
+            Form::Md => table(),
+        }
+    }
+
     fn tests(&self) -> Result<Vec<Test>> {
         let prompts = self.n_prompt.iter().filter(|n| **n > 0).map(|n| (*n, 0));
         let gens = self.n_gen.iter().filter(|n| **n > 0).map(|n| (0, *n));
@@ -286,7 +295,7 @@ fn peak_rss() -> Option<f64> {
 }
 
 /// One line per row; lists are in one field, separated by spaces.
-pub(super) fn csv(rows: &[Value]) -> String {
+fn csv(rows: &[Value]) -> String {
     let field = |value: &Value| match value {
         Value::Null => String::new(),
         Value::String(text) => format!("\"{}\"", text.replace('"', "\"\"")),

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::bench::{Bench, Form, csv};
-use super::terminal::{print, print_json, progress};
+use super::bench::Bench;
+use super::terminal::{print, progress};
 use crate::bad_usage;
 use crate::error::{Error, Result};
 use crate::measure::choose::wherever;
@@ -62,11 +62,13 @@ impl Bench {
                     continue;
                 }
             };
+            let cost = total(base.model(), shapes(session.model()));
+            let probe = match choice.form().rewrites() {
+                true => None,
+                false => Some(Timing::measure(&mut [&mut session], n_prompt, N_PROBE)?[0]),
+            };
             for (n_depth, timing, parts) in &known {
-                let predicted = match choice.form().rewrites() {
-                    true => timing.scaled(parts, total(base.model(), shapes(session.model()))),
-                    false => Timing::measure(&mut [&mut session], n_prompt, N_PROBE)?[0],
-                };
+                let predicted = probe.unwrap_or_else(|| timing.scaled(parts, cost));
                 let pair = &mut [&mut base, &mut session];
                 let measured = Timing::measure(pair, n_prompt, *n_depth)?;
                 let pace = |seconds: &dyn Fn(&Timing) -> f64| Pace {
@@ -78,7 +80,7 @@ impl Bench {
                     form: session.model().plan.names()[1].clone(),
                     n_prompt,
                     n_depth: *n_depth,
-                    weights: total(base.model(), shapes(session.model())).weights,
+                    weights: cost.weights,
                     cache_bytes: session.cache_bytes() as f64 / session.n_ctx() as f64,
                     prompt: pace(&|t| t.together(n_prompt, *n_depth)),
                     token: pace(&|t| t.alone(*n_depth)),
@@ -87,13 +89,8 @@ impl Bench {
             }
         }
         bar.finish_and_clear();
-        let as_json = || rows.iter().map(|row| self.json_row(row)).collect::<Vec<_>>();
-        match self.output {
-            _ if self.json => print_json(&as_json()),
-            Form::Json => print_json(&as_json()),
-            Form::Csv => print(csv(&as_json()).as_bytes()),
-            Form::Md => print((markdown(&rows) + &refused).as_bytes()),
-        }
+        let json = rows.iter().map(|row| self.json_row(row)).collect();
+        self.report(json, || print((markdown(&rows) + &refused).as_bytes()))
     }
 
     /// Those that were asked for; without any, all that need no text.
@@ -111,11 +108,7 @@ impl Bench {
 
     fn session(&self, mut model: Model, n_ctx: usize) -> Result<Session> {
         self.run.norm.iter().try_for_each(|text| model.set_normalizers(text))?;
-        let n_ctx = if model.hparams.learned_positions {
-            n_ctx.min(model.hparams.n_ctx_train)
-        } else {
-            n_ctx
-        };
+        let n_ctx = model.hparams.within_positions(n_ctx);
         self.run.quiet_session(Arc::new(model), n_ctx)
     }
 

@@ -36,6 +36,9 @@ pub(super) struct LatentBuffers {
     /// where the model has latents. `[n, rank + n_rotated]`
     pub(super) rows: Rows,
     pub(super) made: Vec<f32>,
+    /// Latents that keys and values are made of, and keys without what they share. `[n, rank]`, `[n, ..]`
+    pub(super) latents: Rows,
+    pub(super) parts: Vec<f32>,
     /// Queries multiplied with what makes keys. `[n_head, rank + n_rotated]`
     queries: Rows,
     /// What biases of keys add to all scores of a head. `[n_head]`

@@ -4,7 +4,6 @@
 
 use super::forward::{Buffers, Pass, products};
 use super::ops::norm_row;
-use super::rows::Rows;
 use super::threads::Columns;
 use super::weights::LayerMatrices;
 use crate::arch::Latent;
@@ -65,11 +64,12 @@ impl Buffers {
         latents: impl Fn(usize) -> &'a [f32] + Sync,
         (keys, values): (&mut Vec<f32>, &mut Vec<f32>),
     ) {
-        let mut rows = Rows::default();
+        let mut rows = std::mem::take(&mut self.latent.latents);
+        let mut made = std::mem::take(&mut self.latent.parts);
         rows.resize(n, rank);
         let copies = w.attn_k.copies | w.attn_v.copies;
         rows.finish(pass.crew, copies, |t, row| row.copy_from_slice(&latents(t)[..rank]));
-        let mut made = vec![0.0; n * w.attn_k.n_out];
+        made.resize(n * w.attn_k.n_out, 0.0);
         keys.resize(n * g.key_width(), 0.0);
         values.resize(n * g.value_width(), 0.0);
         let outs = [
@@ -87,5 +87,6 @@ impl Buffers {
                 rest.copy_from_slice(made);
             }
         });
+        (self.latent.latents, self.latent.parts) = (rows, made);
     }
 }

@@ -4,7 +4,7 @@ use crate::bad_usage;
 use crate::cpu::{CacheType, KvCache};
 use crate::error::{Error, Result};
 use crate::measure::timing::{N_PROBE, Parts, Timing, shapes, total};
-use crate::merge::{Choice, Cost, FORMS, Geometry};
+use crate::merge::{Choice, FORMS, Geometry};
 use crate::model::{Model, NewLayer};
 use crate::param::{self, Domain, MAX, Param, param};
 use crate::plan::Plan;
@@ -55,9 +55,7 @@ impl Auto {
 
     /// Tokens that need to fit, as far as the model has positions for them.
     pub fn n_ctx(&self, model: &Model) -> usize {
-        let n = self.n_depth + self.n_prompt + self.n_gen;
-        let hp = &model.hparams;
-        if hp.learned_positions { n.min(hp.n_ctx_train) } else { n }
+        model.hparams.within_positions(self.n_depth + self.n_prompt + self.n_gen)
     }
 
     /// Seconds of a turn.
@@ -72,7 +70,7 @@ impl Auto {
         let base = session.model().plan.clone();
         let timing = Timing::measure(&mut [session], self.n_prompt, self.n_depth)?[0];
         let parts = Parts::of(session, self.n_depth);
-        let mut found = vec![Candidate::of(session, Ok(timing))?];
+        let mut found = vec![Candidate::of(session, timing)?];
         for form in FORMS.iter().filter(|f| !f.rewrites()) {
             let choice = Choice::of(*form);
             if base.layers.iter().all(|l| l.form.text() == choice.text()) {
@@ -90,7 +88,7 @@ impl Auto {
                     // Once through one depth: the other is what is predicted.
                     let n_depth = N_PROBE.min(self.n_depth);
                     let timing = Timing::measure(&mut [session], self.n_prompt, n_depth)?[0];
-                    Candidate::of(session, Ok(timing))?
+                    Candidate::of(session, timing)?
                 }
                 // What only shows in the weights.
                 Err(Error::Usage(reason)) => Candidate::refused(&base, &choice, reason),
@@ -150,8 +148,6 @@ pub struct Candidate {
     pub plan: Plan,
     /// Why the model would not be the one that was trained.
     pub loss: Option<String>,
-    /// Attention of all layers.
-    pub cost: Cost,
     /// Bytes of a token in the cache.
     pub cache_bytes: f64,
     /// What it takes, or the reason why no layer can have it.
@@ -160,7 +156,7 @@ pub struct Candidate {
 
 impl Candidate {
     /// The form that a session's model has.
-    fn of(session: &Session, timing: std::result::Result<Timing, String>) -> Result<Candidate> {
+    fn of(session: &Session, timing: Timing) -> Result<Candidate> {
         let model = session.model();
         let geometries: Vec<Geometry> = shapes(model).cloned().collect();
         Candidate::new(model, &model.plan, &geometries, (session.cache_types(), timing))
@@ -181,14 +177,14 @@ impl Candidate {
         };
         let geometries: Vec<Geometry> = layers.iter().enumerate().map(geometry).collect();
         let timing = timing.scaled(parts, total(model, geometries.iter()));
-        Candidate::new(model, &plan, &geometries, (types, Ok(timing)))
+        Candidate::new(model, &plan, &geometries, (types, timing))
     }
 
     fn new(
         model: &Model,
         plan: &Plan,
         geometries: &[Geometry],
-        (types, timing): ((CacheType, CacheType), std::result::Result<Timing, String>),
+        (types, timing): ((CacheType, CacheType), Timing),
     ) -> Result<Candidate> {
         let loss = plan.layers.iter().enumerate().find_map(|(i, layer)| {
             layer.form.form().exact(&layer.form, &model.site(i, &layer.normalizers)).err()
@@ -197,9 +193,8 @@ impl Candidate {
             form: plan.names()[1].clone(),
             plan: plan.clone(),
             loss,
-            cost: total(model, geometries.iter()),
             cache_bytes: cache_bytes(geometries, types)?,
-            timing,
+            timing: Ok(timing),
         })
     }
 
@@ -209,7 +204,6 @@ impl Candidate {
             form: choice.text(),
             plan: base.clone(),
             loss: None,
-            cost: Cost::default(),
             cache_bytes: 0.0,
             timing: Err(reason),
         }

@@ -224,8 +224,8 @@ mod tests {
 
     #[test]
     fn half_of_attention_takes_half_of_its_share() {
-        let cost = Cost { weights: 8, products: 8, cached: 4, attended: 4, attended_together: 4 };
-        let half = Cost { weights: 4, products: 4, cached: 2, attended: 2, attended_together: 2 };
+        let cost = Cost { weights: 8, products: 8, attended: 4, attended_together: 4 };
+        let half = Cost { weights: 4, products: 4, attended: 2, attended_together: 2 };
         let parts = Parts { cost, byte_share: 0.25, product_share: 0.5, normalizing: 0.2 };
         let line = Line { base: 8.0, slope: 1.0 };
         let timing = Timing { alone: line, together: line };

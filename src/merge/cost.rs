@@ -10,8 +10,6 @@ pub struct Cost {
     pub weights: usize,
     /// Products with them for each token.
     pub products: usize,
-    /// Elements that the cache keeps of a token.
-    pub cached: usize,
     /// Products of a token alone for each token that it sees.
     pub attended: usize,
     /// The same of tokens that are read together, which see keys and values in any form.
@@ -48,8 +46,7 @@ impl Geometry {
                 (latents + q_in * q + absorbed + d * o, self.n_head * (2 * rank + n_rotated))
             }
         };
-        let cached = self.cached();
-        Cost { weights, products, cached, attended, attended_together: q + o }
+        Cost { weights, products, attended, attended_together: q + o }
     }
 }
 
@@ -58,7 +55,6 @@ impl std::iter::Sum for Cost {
         costs.fold(Cost::default(), |a, b| Cost {
             weights: a.weights + b.weights,
             products: a.products + b.products,
-            cached: a.cached + b.cached,
             attended: a.attended + b.attended,
             attended_together: a.attended_together + b.attended_together,
         })

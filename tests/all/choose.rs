@@ -60,7 +60,7 @@ fn forms_of_the_same_matrices_are_timed() {
     assert!(split.alone(16) > 0.0 && split.together(8, 16) > 0.0);
     assert!(found[2].timing.is_ok());
     assert!(found[2].cache_bytes < found[0].cache_bytes);
-    let cost = found[0].cost;
+    let cost = total(session.model(), shapes(session.model()));
     // Another one is chosen if it is surely faster.
     let weights = cost.weights * 99 / 100;
     found[1].timing = Ok(split.scaled(&parts, qkov::merge::Cost { weights, ..cost }));

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from arch import EPS, VOCAB, adjacent, common_metadata, fill, record, save
-from families import rope, shape
+from families import factors_and_window, rope, shape, yarn_metadata
 
 N_TOKENS = 40
 # Seeds of weights with which no two tokens are nearly as good, and no expert is nearly used.
@@ -268,15 +268,7 @@ def metadata(w, config, arch, name):
             getattr(w, add)(getattr(config, key))
     if getattr(config, "moe_intermediate_size", None):
         w.add_expert_feed_forward_length(config.moe_intermediate_size)
-    for key, add in [
-        ("attention_multiplier", w.add_attention_scale),
-        ("embedding_multiplier", w.add_embedding_scale),
-        ("residual_multiplier", w.add_residual_scale),
-        ("logits_scaling", w.add_logit_scale),
-        ("sliding_window", w.add_sliding_window),
-    ]:
-        if getattr(config, key, None):
-            add(getattr(config, key))
+    factors_and_window(w, config)
     if arch == "deepseek2":
         latent_metadata(w, config, name)
     elif getattr(config, "head_dim", None):
@@ -285,11 +277,7 @@ def metadata(w, config, arch, name):
     parameters = config.rope_parameters
     w.add_rope_freq_base(parameters["rope_theta"])
     if parameters["rope_type"] == "yarn":
-        w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        w.add_rope_scaling_factor(parameters["factor"])
-        w.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
-        w.add_rope_scaling_yarn_beta_fast(parameters["beta_fast"])
-        w.add_rope_scaling_yarn_beta_slow(parameters["beta_slow"])
+        yarn_metadata(w, parameters)
         if "mscale_all_dim" in parameters:
             w.add_rope_scaling_yarn_log_mul(0.1 * parameters["mscale_all_dim"])
 

@@ -408,6 +408,13 @@ def metadata(w, config, family):
         w.add_value_length(config.head_dim)
     if family == "gptneox":
         w.add_parallel_residual(config.use_parallel_residual)
+    factors_and_window(w, config)
+    if family in ("olmo2", "exaone4") and getattr(config, "sliding_window", None):
+        w.add_sliding_window_pattern([t == "sliding_attention" for t in config.layer_types])
+    rope_metadata(w, config, dim)
+
+
+def factors_and_window(w, config):
     for name, add in [
         ("attn_logit_softcapping", w.add_attn_logit_softcapping),
         ("final_logit_softcapping", w.add_final_logit_softcapping),
@@ -420,9 +427,14 @@ def metadata(w, config, family):
     ]:
         if getattr(config, name, None):
             add(getattr(config, name))
-    if family in ("olmo2", "exaone4") and getattr(config, "sliding_window", None):
-        w.add_sliding_window_pattern([t == "sliding_attention" for t in config.layer_types])
-    rope_metadata(w, config, dim)
+
+
+def yarn_metadata(w, rope):
+    w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    w.add_rope_scaling_factor(rope["factor"])
+    w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    w.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+    w.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
 
 
 def rope_metadata(w, config, dim):
@@ -443,11 +455,7 @@ def rope_metadata(w, config, dim):
         scale = config.max_position_embeddings / n_ctx_orig
         w.add_rope_scaling_attn_factors(float(np.sqrt(1 + np.log(scale) / np.log(n_ctx_orig))))
     if kind == "yarn":
-        w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        w.add_rope_scaling_factor(rope["factor"])
-        w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        w.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-        w.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+        yarn_metadata(w, rope)
     if "mscale_all_dim" in rope:
         w.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
     if "llama_4_scaling_beta" in rope:
