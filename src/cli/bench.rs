@@ -44,7 +44,7 @@ pub(super) struct Bench {
     #[arg(short, long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
     /// Times forms of attention instead, beside what is predicted of them: those of --form, or without
-    /// it all that can be had without a text. Their caches are full of zeros
+    /// it all that keep the file's matrices, and lowrank. Their caches are full of zeros
     #[arg(long, conflicts_with_all = ["both", "cold", "mask", "plan", "n_gen"])]
     forms: bool,
     /// Also times a start from disk: has the system forget the file first (Linux)

@@ -93,7 +93,7 @@ impl Bench {
         self.report(json, || print((markdown(&rows) + &refused).as_bytes()))
     }
 
-    /// Those that were asked for; without any, all that need no text.
+    /// Those that were asked for; without any, all that keep the file's matrices, and two of low rank.
     fn choices(&self) -> Result<Vec<Choice>> {
         if !self.run.form.is_empty() {
             return self.run.form.iter().map(|text| Choice::parse(text)).collect();

@@ -1,5 +1,5 @@
 //! Center: the means of keys and values are taken out of what is cached, and given back where that costs
-//! nothing. What is cached is smaller then, and rounding it loses less.
+//! nothing. Where means are large, what is cached is smaller then, and rounding it loses less.
 //!
 //! A constant `c` taken from all keys of a head takes `q . c` from all scores of a row, which softmax does
 //! not see; with a rotation between, it would be another one for every distance. A constant taken from all
@@ -25,7 +25,8 @@ impl Form for Center {
     }
 
     fn what(&self) -> &'static str {
-        "means of keys, where they are not rotated, and of values are not cached: rounded caches lose less"
+        "means of keys, where they are not rotated, and of values are not cached: rounded caches lose less \
+         where means are large"
     }
 
     fn paper(&self) -> &'static str {
