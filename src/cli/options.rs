@@ -13,11 +13,14 @@ use crate::cpu::{CacheType, Threads};
 use crate::error::{Error, Result};
 use crate::gguf::{Bytes, Gguf, evict};
 use crate::measure::choose::{self, Auto, Candidate};
-use crate::measure::forms;
+use crate::measure::compare::text_hash;
+use crate::measure::grams::gather;
 use crate::measure::quality::{Base, MAX_BASE_BYTES, Windows};
-use crate::merge;
+use crate::measure::timing::shapes;
+use crate::measure::{forms, grams_file};
+use crate::merge::{self, Grams};
 use crate::model::{Model, NewLayer};
-use crate::plan::{Plan, PlanFile};
+use crate::plan::{LayerPlan, Plan, PlanFile};
 use crate::session::{Options, Session};
 use crate::simd::{self, Level};
 
@@ -129,6 +132,10 @@ pub(super) struct RunArgs {
     /// Tokens of that text; twice as many that follow judge what is within a budget
     #[arg(long, value_name = "N", default_value_t = 1024)]
     form_tokens: usize,
+    /// File that keeps what heads make of that text: read, if it is of the same model and text, or
+    /// else written [default: beside a plan file with forms, as PLAN.grams]
+    #[arg(long, value_name = "FILE")]
+    form_grams: Option<PathBuf>,
     /// Plan file, from `calibrate`; --norm and --mask go over what it says. For `compare`, one more
     /// variant
     #[arg(long, value_name = "FILE")]
@@ -191,30 +198,32 @@ impl RunArgs {
         let mut session = self.quiet_session(Arc::new(model), n_ctx)?;
         let (parts, mut found) = auto.time(&mut session)?;
         let mut model = sole(session.into_model())?;
-        let mut made = None;
+        let mut made = Vec::new();
         if let (true, Ok(timing)) = (auto.kl > 0.0, found[0].timing.clone()) {
             let mut plan = base.clone();
             let form = merge::Choice::parse(&format!("lowrank:kl={}", auto.kl))?;
             plan.layers.iter_mut().for_each(|layer| layer.form = form.clone());
             found.push(match forms::check(&model, &plan) {
                 Ok(()) => {
-                    let (same, layers) = self.new_layers(model, plan)?;
-                    model = same;
+                    (model, made) = self.new_layers(model, plan)?;
                     let at = (&model, self.cache_types());
-                    let candidate = Candidate::rewritten(at, &layers, (&parts, &timing))?;
-                    made = Some((candidate.form.clone(), layers));
-                    candidate
+                    Candidate::rewritten(at, &made, (&parts, &timing))?
                 }
                 Err(e) => Candidate::refused(&base, &form, e.to_string()),
             });
         }
+        found.extend(auto.mixed(&found));
         note(&auto.table(&found));
         let Some(best) = auto.best(&found) else { return Ok(model) };
-        let layers = match made.filter(|(form, _)| *form == best.form) {
-            Some((_, layers)) => layers,
-            None if best.plan.other_forms(&base).is_empty() => return Ok(model),
-            None => forms::new_layers(&model, &best.plan, &[])?,
+        if best.plan.other_forms(&base).is_empty() {
+            return Ok(model);
+        }
+        let mut made = made.into_iter();
+        let layer = |plan: &LayerPlan| match made.next() {
+            Some(new) if new.form.text() == plan.form.text() => new,
+            _ => NewLayer { form: plan.form.clone(), rewritten: None },
         };
+        let layers: Vec<NewLayer> = best.plan.layers.iter().map(layer).collect();
         Model::from_gguf(model.rewritten(&layers, None)?)
     }
 
@@ -251,10 +260,7 @@ impl RunArgs {
         let options = self.options(Some(n_ctx), self.one_threads()?)?;
         let model = Arc::new(model);
         let mut session = Session::new(model.clone(), &options)?;
-        let bar = progress(sequences.len(), "windows for the form");
-        let mut count = |n| bar.set_position(n as u64);
-        let grams = forms::grams_for(&mut session, &plan, &sequences, &mut count)?;
-        bar.finish_and_clear();
+        let grams = self.grams(&mut session, &plan, &sequences)?;
         let mut plan = plan;
         if forms::has_budget(&plan) {
             let open = |gguf| Session::new(Arc::new(Model::from_gguf(gguf)?), &options);
@@ -276,6 +282,54 @@ impl RunArgs {
             )),
         }
         Ok((sole(model)?, layers))
+    }
+
+    /// What the heads of the session's model make of sequences, if the forms of a plan need it: from a
+    /// file, or for it.
+    fn grams(
+        &self,
+        session: &mut Session,
+        plan: &Plan,
+        sequences: &[Vec<u32>],
+    ) -> Result<Vec<Grams>> {
+        if !forms::needs_grams(session.model(), plan) {
+            return Ok(Vec::new());
+        }
+        let path = self.grams_path()?;
+        let of = self.grams_of(session.model(), sequences)?;
+        if let Some(path) = &path
+            && let Some(grams) = grams_file::read(path, &of, shapes(session.model()))?
+        {
+            return Ok(grams);
+        }
+        let bar = progress(sequences.len(), "windows for the form");
+        let mut count = |n| bar.set_position(n as u64);
+        let grams = gather(session, sequences, &mut count)?;
+        bar.finish_and_clear();
+        if let Some(path) = &path {
+            grams_file::write(path, &of, &grams)?;
+        }
+        Ok(grams)
+    }
+
+    /// The file that keeps Grams, if there is to be one.
+    fn grams_path(&self) -> Result<Option<PathBuf>> {
+        let beside = match self.plan_file()? {
+            Some(file) if !file.form.is_empty() => self.plan.as_ref(),
+            _ => None,
+        };
+        let beside = beside.map(|path| path.with_added_extension("grams"));
+        Ok(self.form_grams.clone().or(beside))
+    }
+
+    /// Everything that Grams depend on.
+    fn grams_of(&self, model: &Model, sequences: &[Vec<u32>]) -> Result<String> {
+        let plan = PlanFile::of(&model.plan, &model.trained, &model.gguf.hash()).text()?;
+        let windows: Vec<usize> = sequences.iter().map(Vec::len).collect();
+        let text = text_hash(&sequences.concat());
+        let (k, v) = self.cache_types();
+        let exact = self.exact;
+        Ok(format!("{plan}text {text} {windows:?}, cache {} {}, exact {exact}", k.name(), v.name()))
     }
 
     /// Sequences of tokens that forms are made with, and what follows them to judge forms.

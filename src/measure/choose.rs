@@ -99,6 +99,41 @@ impl Auto {
         Ok((parts, found))
     }
 
+    /// Every layer in the form that saves most there, if that makes more than one form of the candidates
+    /// beside the first. What a form saves is taken to be the same in all layers that it changes.
+    pub fn mixed(&self, found: &[Candidate]) -> Option<Candidate> {
+        let (first, others) = found.split_first()?;
+        let whole = first.timing.as_ref().ok()?;
+        let saving = others.iter().filter_map(|c| {
+            let (timing, layers) = (c.timing.as_ref().ok()?, c.plan.other_forms(&first.plan));
+            let saved = (self.seconds(whole) - self.seconds(timing)) / layers.len() as f64;
+            (saved > 0.0).then_some((saved, layers, c, timing))
+        });
+        let saving: Vec<_> = saving.collect();
+        let mut mixed = first.clone();
+        let mut n_used = vec![0; saving.len()];
+        for (i, layer) in mixed.plan.layers.iter_mut().enumerate() {
+            let able = (0..saving.len()).filter(|k| saving[*k].1.contains(&i));
+            if let Some(k) = able.max_by(|a, b| saving[*a].0.total_cmp(&saving[*b].0)) {
+                n_used[k] += 1;
+                layer.form = saving[k].2.plan.layers[i].form.clone();
+            }
+        }
+        if n_used.iter().filter(|n| **n > 0).count() < 2 {
+            return None;
+        }
+        let mut timing = *whole;
+        for ((_, layers, c, own), n) in saving.iter().zip(n_used).filter(|(_, n)| *n > 0) {
+            let share = n as f64 / layers.len() as f64;
+            timing = timing.moved(share, (whole, own));
+            mixed.cache_bytes += share * (c.cache_bytes - first.cache_bytes);
+            mixed.loss = mixed.loss.or(c.loss.clone());
+        }
+        mixed.timing = Ok(timing);
+        mixed.form = mixed.plan.names()[1].clone();
+        Some(mixed)
+    }
+
     /// The candidate that takes least: the first, unless another surely takes less.
     pub fn best<'a>(&self, found: &'a [Candidate]) -> Option<&'a Candidate> {
         let seconds = |c: &Candidate| c.timing.as_ref().map_or(f64::INFINITY, |t| self.seconds(t));

@@ -9,6 +9,7 @@ mod divergence;
 pub mod export;
 pub mod forms;
 pub mod grams;
+pub mod grams_file;
 pub mod heads;
 pub mod latency;
 pub mod quality;

@@ -49,6 +49,14 @@ impl Line {
             slope: fixed + (self.slope - fixed) * slope,
         }
     }
+
+    /// This line, and a share of what lies between two others.
+    fn moved(self, share: f64, from: Line, to: Line) -> Line {
+        Line {
+            base: self.base + share * (to.base - from.base),
+            slope: self.slope + share * (to.slope - from.slope),
+        }
+    }
 }
 
 /// Times of a model in one form.
@@ -153,6 +161,14 @@ impl Timing {
                 fixed,
                 ratio(|c| c.attended_together),
             ),
+        }
+    }
+
+    /// These times, and a share of what lies between two others.
+    pub fn moved(&self, share: f64, (from, to): (&Timing, &Timing)) -> Timing {
+        Timing {
+            alone: self.alone.moved(share, from.alone, to.alone),
+            together: self.together.moved(share, from.together, to.together),
         }
     }
 

@@ -78,6 +78,45 @@ fn forms_of_the_same_matrices_are_timed() {
 }
 
 #[test]
+fn layers_get_the_form_that_saves_most_there() {
+    let mut session = session(golden("smollm3"));
+    let auto = Auto::parse("auto:depth=16,prompt=8,gen=4").unwrap().unwrap();
+    let (parts, mut found) = auto.time(&mut session).unwrap();
+    let cost = total(session.model(), shapes(session.model()));
+    let split = found[0].timing.clone().unwrap();
+    let faster = |percent: usize| {
+        let part = |n: usize| n * percent / 100;
+        let cost = qkov::merge::Cost {
+            weights: part(cost.weights),
+            products: part(cost.products),
+            attended: part(cost.attended),
+            attended_together: part(cost.attended_together),
+        };
+        Ok(split.scaled(&parts, cost))
+    };
+    let absorb = found.iter().position(|c| c.form.contains("absorb")).unwrap();
+    let layers = found[absorb].plan.other_forms(&found[0].plan);
+    let n_layer = session.model().layers.len();
+    assert!(!layers.is_empty() && layers.len() < n_layer);
+    // As a form of every layer.
+    let mut all = found[absorb].clone();
+    all.plan.set_forms("lowrank:ratio=0.5").unwrap();
+    all.loss = Some("cut".into());
+    all.timing = faster(80);
+    found.push(all);
+    found[absorb].timing = faster(99);
+    assert!(auto.mixed(&found).is_none(), "less, as it is for few layers");
+    found[absorb].timing = faster(50);
+    let mixed = auto.mixed(&found).unwrap();
+    for (i, layer) in mixed.plan.layers.iter().enumerate() {
+        assert_eq!(layer.form.text() == "absorb", layers.contains(&i), "{i}");
+    }
+    assert_eq!(mixed.loss.as_deref(), Some("cut"));
+    let times = found.iter().map(|c| c.timing.as_ref().map_or(f64::MAX, |t| t.alone(16)));
+    assert!(mixed.timing.unwrap().alone(16) < times.fold(f64::MAX, f64::min));
+}
+
+#[test]
 fn more_tokens_take_more() {
     let timing = Timing::measure(&mut [&mut session(golden("llama"))], 8, 40).unwrap()[0];
     assert!(timing.alone(40) >= timing.alone(0) && timing.together(8, 40) >= timing.together(8, 0));

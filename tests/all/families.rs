@@ -7,10 +7,11 @@ use qkov::gguf::{Bytes, Data, Gguf, Value, ValueType, Writer};
 use qkov::model::Model;
 use qkov::quant::format_named;
 
-fn files() -> Vec<(String, Gguf)> {
+pub fn files() -> Vec<(String, Gguf)> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
     let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
     paths.retain(|path| path.extension().is_some_and(|e| e == "gguf"));
+    paths.sort();
     let name = |path: &Path| path.file_stem().unwrap().to_str().unwrap().to_string();
     paths.iter().map(|path| (name(path), Gguf::open(path).unwrap())).collect()
 }

@@ -148,11 +148,7 @@ const REFUSED: [&str; 4] = ["exaone4", "stablelm-parallel", "deepseek2", "deepse
 
 #[test]
 fn every_family_loses_nothing_without_what_carries_nothing() {
-    let folder = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden")).unwrap();
-    let paths = folder.map(|entry| entry.unwrap().path());
-    let files = paths.filter(|path| path.extension().is_some_and(|e| e == "gguf"));
-    for name in files.map(|path| path.file_stem().unwrap().to_str().unwrap().to_string()) {
-        let file = golden(&name);
+    for (name, file) in crate::families::files() {
         let model = Model::from_gguf(file.clone()).unwrap();
         let hp = &model.hparams;
         let (dim, e) = (hp.key_dim, hp.n_embd);
@@ -325,4 +321,74 @@ fn what_cannot_be_is_refused() {
         assert_eq!(code, 2, "{args:?}: {text}");
         assert!(text.contains(message), "{args:?}: {text}");
     }
+}
+
+#[test]
+fn grams_are_kept_in_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (grams, merged, plan) = (at("own.grams"), at("merged.gguf"), at("plan.toml"));
+    let merge = |args: &[&str]| {
+        let all = ["merge", "-o", &merged, "--force"];
+        let (code, out) = qkov(&[&all[..], args].concat());
+        (code, out, std::fs::read(&merged).unwrap_or_default())
+    };
+    let form = ["--form", "lowrank:ratio=0.5"];
+    let kept = [&form[..], &["--form-grams", &grams]].concat();
+    let (code, out, plain) = merge(&form);
+    assert_eq!(code, 0, "{out}");
+    assert!(merge(&kept).2 == plain, "written");
+    assert!(merge(&kept).2 == plain, "read");
+
+    // What is in the file is what is used.
+    let written = Gguf::open(grams.as_ref()).unwrap();
+    let same = |t: &qkov::gguf::Tensor| written.data(t).to_vec();
+    let write = |change: &dyn Fn(&str, &mut Vec<u8>) -> bool| {
+        let mut writer = Writer::new();
+        writer.copy_metadata(&written).unwrap();
+        for tensor in written.tensors() {
+            let (mut data, mut dims) = (same(tensor), tensor.dims.clone());
+            if change(&tensor.name, &mut data) {
+                dims = vec![data.len() as u64 / 8];
+            }
+            writer.tensor(&tensor.name, tensor.ty, &dims, Data::View(Bytes::from(data))).unwrap();
+        }
+        writer.write(grams.as_ref()).unwrap();
+    };
+    write(&|name, data| {
+        if name == "blk.1.keys.0" {
+            data.as_chunks_mut::<8>().0.iter_mut().for_each(|x| *x = (-1.0f64).to_le_bytes());
+        }
+        false
+    });
+    assert!(merge(&kept).2 != plain);
+    write(&|name, data| {
+        data.truncate(if name == "blk.1.keys.0" { 80 } else { data.len() });
+        name == "blk.1.keys.0"
+    });
+    let (code, out, _) = merge(&kept);
+    assert!(code == 3 && out.contains("\"blk.1.keys.0\" has 10 elements"), "{out}");
+    write(&|name, data| {
+        if name == "blk.0.key_means.0" {
+            data[..8].copy_from_slice(&f64::NAN.to_le_bytes());
+        }
+        false
+    });
+    let (code, out, _) = merge(&kept);
+    assert!(code == 3 && out.contains("not finite"), "{out}");
+
+    // Those of another text are written over, other files are not.
+    let (code, out, other) = merge(&[&kept[..], &["--form-text", "README.md"]].concat());
+    assert!(code == 0 && other != plain, "{out}");
+    assert!(merge(&kept).2 == plain);
+    let model = format!("{}/tests/golden/llama.gguf", env!("CARGO_MANIFEST_DIR"));
+    let (code, out, _) = merge(&[&form[..], &["--form-grams", &model]].concat());
+    assert!(code == 3 && out.contains("not a file of Grams"), "{out}");
+
+    // Beside a plan.
+    let text = format!("format = 1\nnorm = []\nform = [\"{}\"]\n", form[1]);
+    std::fs::write(&plan, text).unwrap();
+    assert!(merge(&["--plan", &plan]).2 == plain);
+    let beside = at("plan.toml.grams");
+    assert!(std::fs::read(&beside).unwrap() == std::fs::read(&grams).unwrap());
 }
