@@ -42,7 +42,7 @@ pub(super) struct Bench {
     pub(super) n_depth: Vec<usize>,
     /// Repetitions of each test, after a warm-up
     #[arg(short, long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u16).range(1..))]
-    repetitions: u16,
+    pub(super) repetitions: u16,
     /// Times forms of attention instead, beside what is predicted of them: those of --form, or without
     /// it all that keep the file's matrices, and lowrank. Their caches are full of zeros
     #[arg(long, conflicts_with_all = ["both", "cold", "mask", "plan", "n_gen"])]

@@ -9,7 +9,8 @@ use super::terminal::{print, progress};
 use crate::bad_usage;
 use crate::error::{Error, Result};
 use crate::measure::choose::wherever;
-use crate::measure::timing::{N_PROBE, Parts, Timing, shapes, total};
+use crate::measure::latency::percentile;
+use crate::measure::timing::{N_PROBE, Parts, Timing, fastest, in_turns, shapes, total};
 use crate::merge::{Choice, FORMS};
 use crate::model::Model;
 use crate::session::Session;
@@ -29,8 +30,26 @@ struct Row {
 #[derive(Clone, Copy)]
 struct Pace {
     rate: f64,
+    /// Of the fastest rounds.
     ratio: f64,
+    /// Half of the rounds lie between.
+    between: [f64; 2],
     predicted: f64,
+}
+
+impl Pace {
+    /// From seconds of the model as it is and of the form, in rounds that follow each other.
+    fn new([base, own]: [&[[f64; 2]]; 2], phase: usize, predicted: f64) -> Pace {
+        let mut ratios: Vec<f64> = base.iter().zip(own).map(|(a, b)| a[phase] / b[phase]).collect();
+        ratios.sort_by(f64::total_cmp);
+        let [base, own] = [base, own].map(|rounds| fastest(rounds)[phase]);
+        Pace {
+            rate: 1.0 / own,
+            ratio: base / own,
+            between: [0.25, 0.75].map(|share| percentile(&ratios, share)),
+            predicted,
+        }
+    }
 }
 
 /// A model in a form, or why it cannot be.
@@ -49,7 +68,7 @@ impl Bench {
         let bar = progress(self.n_depth.len() * (1 + forms.len()), "times");
         let mut known = Vec::new();
         for n_depth in &self.n_depth {
-            let timing = Timing::measure(&mut [&mut base], n_prompt, *n_depth)?[0];
+            let timing = Timing::measure(&mut base, n_prompt, *n_depth)?;
             known.push((*n_depth, timing, Parts::of(&base, *n_depth)));
             bar.inc(1);
         }
@@ -65,25 +84,23 @@ impl Bench {
             let cost = total(base.model(), shapes(session.model()));
             let probe = match choice.form().rewrites() {
                 true => None,
-                false => Some(Timing::measure(&mut [&mut session], n_prompt, N_PROBE)?[0]),
+                false => Some(Timing::measure(&mut session, n_prompt, N_PROBE)?),
             };
             for (n_depth, timing, parts) in &known {
                 let predicted = probe.unwrap_or_else(|| timing.scaled(parts, cost));
                 let pair = &mut [&mut base, &mut session];
-                let measured = Timing::measure(pair, n_prompt, *n_depth)?;
-                let pace = |seconds: &dyn Fn(&Timing) -> f64| Pace {
-                    rate: 1.0 / seconds(&measured[1]),
-                    ratio: seconds(&measured[0]) / seconds(&measured[1]),
-                    predicted: seconds(timing) / seconds(&predicted),
-                };
+                let n_rounds = usize::from(self.repetitions);
+                let times = in_turns(pair, n_prompt, *n_depth, n_rounds)?;
+                let rounds = [&times[0][..], &times[1][..]];
+                let of = |seconds: &dyn Fn(&Timing) -> f64| seconds(timing) / seconds(&predicted);
                 rows.push(Row {
                     form: session.model().plan.names()[1].clone(),
                     n_prompt,
                     n_depth: *n_depth,
                     weights: cost.weights,
                     cache_bytes: session.cache_bytes() as f64 / session.n_ctx() as f64,
-                    prompt: pace(&|t| t.together(n_prompt, *n_depth)),
-                    token: pace(&|t| t.alone(*n_depth)),
+                    prompt: Pace::new(rounds, 1, of(&|t| t.together(n_prompt, *n_depth))),
+                    token: Pace::new(rounds, 0, of(&|t| t.alone(*n_depth))),
                 });
                 bar.inc(1);
             }
@@ -131,8 +148,11 @@ impl Bench {
     }
 
     fn json_row(&self, row: &Row) -> Value {
-        let [prompt, token] = [row.prompt, row.token]
-            .map(|p| json!({"ts": p.rate, "ratio": p.ratio, "predicted_ratio": p.predicted}));
+        let pace = |p: Pace| {
+            let Pace { rate, ratio, between, predicted } = p;
+            json!({"ts": rate, "ratio": ratio, "ratio_quartiles": between, "predicted_ratio": predicted})
+        };
+        let [prompt, token] = [row.prompt, row.token].map(pace);
         json!({
             "build_commit": env!("QKOV_REVISION"), "model_filename": self.name(), "form": row.form,
             "n_prompt": row.n_prompt, "n_depth": row.n_depth, "attn_weights": row.weights,
@@ -147,7 +167,10 @@ fn markdown(rows: &[Row]) -> String {
          | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
     );
     for row in rows {
-        let side = |p: Pace| format!("{:.1} | {:.3} | {:.3}", p.rate, p.ratio, p.predicted);
+        let side = |p: Pace| {
+            let [low, high] = p.between;
+            format!("{:.1} | {:.2} ({low:.2} to {high:.2}) | {:.2}", p.rate, p.ratio, p.predicted)
+        };
         let (prompt, token) = (side(row.prompt), side(row.token));
         text += &format!(
             "| {} | {} | {:.0} | {prompt} | {token} |\n",

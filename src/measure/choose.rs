@@ -68,7 +68,7 @@ impl Auto {
     /// Times all forms that the session's model can have as it is, after the form that it has.
     pub fn time(&self, session: &mut Session) -> Result<(Parts, Vec<Candidate>)> {
         let base = session.model().plan.clone();
-        let timing = Timing::measure(&mut [session], self.n_prompt, self.n_depth)?[0];
+        let timing = Timing::measure(session, self.n_prompt, self.n_depth)?;
         let parts = Parts::of(session, self.n_depth);
         let mut found = vec![Candidate::of(session, timing)?];
         for form in FORMS.iter().filter(|f| !f.rewrites()) {
@@ -87,7 +87,7 @@ impl Auto {
                 Ok(()) => {
                     // Once through one depth: the other is what is predicted.
                     let n_depth = N_PROBE.min(self.n_depth);
-                    let timing = Timing::measure(&mut [session], self.n_prompt, n_depth)?[0];
+                    let timing = Timing::measure(session, self.n_prompt, n_depth)?;
                     Candidate::of(session, timing)?
                 }
                 // What only shows in the weights.

@@ -14,7 +14,7 @@ use crate::session::Session;
 
 /// Cached tokens with which forms are timed whose times with more are predicted.
 pub const N_PROBE: usize = 256;
-/// Rounds, of which the fastest counts, as what else runs only ever adds time.
+/// Rounds, of which the fastest counts.
 const N_ROUNDS: usize = 3;
 /// Tokens of a round that are read one by one.
 const N_ALONE: usize = 6;
@@ -99,6 +99,30 @@ fn round_at(session: &mut Session, n_prompt: usize, depth: usize) -> Result<[f64
     Ok([alone, together])
 }
 
+/// Times of several sessions in turns, each with `n_depth` tokens cached before: in every round, seconds of
+/// a token alone and of each of `n_prompt` together. They forget all tokens.
+pub fn in_turns(
+    sessions: &mut [&mut Session],
+    n_prompt: usize,
+    n_depth: usize,
+    n_rounds: usize,
+) -> Result<Vec<Vec<[f64; 2]>>> {
+    let mut times = vec![Vec::new(); sessions.len()];
+    for round in 0..n_rounds {
+        for i in 0..sessions.len() {
+            // What follows what changes from round to round.
+            let i = if round % 2 == 0 { i } else { sessions.len() - 1 - i };
+            times[i].push(round_at(sessions[i], n_prompt, n_depth)?);
+        }
+    }
+    Ok(times)
+}
+
+/// The fastest of all rounds, as what else runs only ever adds time.
+pub fn fastest(rounds: &[[f64; 2]]) -> [f64; 2] {
+    rounds.iter().fold([f64::INFINITY; 2], |best, t| [best[0].min(t[0]), best[1].min(t[1])])
+}
+
 /// What all layers of these shapes cost together.
 pub fn total<'a>(model: &Model, layers: impl Iterator<Item = &'a Geometry>) -> Cost {
     layers.map(|g| g.cost(&model.hparams)).sum()
@@ -110,36 +134,19 @@ pub fn shapes(model: &Model) -> impl Iterator<Item = &Geometry> {
 }
 
 impl Timing {
-    /// Times sessions in turns, with caches that are empty and then `n_depth` tokens long, or as near to
-    /// that as they have room for beside `n_prompt` tokens that are read together; they forget all
-    /// tokens.
-    pub fn measure(
-        sessions: &mut [&mut Session],
-        n_prompt: usize,
-        n_depth: usize,
-    ) -> Result<Vec<Timing>> {
-        let room = sessions.iter().map(|s| s.n_ctx()).min().unwrap_or(0);
+    /// Times a session, with a cache that is empty and then `n_depth` tokens long, or as near to that as
+    /// it has room for beside `n_prompt` tokens that are read together; it forgets all tokens.
+    pub fn measure(session: &mut Session, n_prompt: usize, n_depth: usize) -> Result<Timing> {
+        let room = session.n_ctx();
         let n_prompt = n_prompt.clamp(1, room.max(1));
-        let depths = [0, n_depth.min(room.saturating_sub(n_prompt.max(N_ALONE)))];
-        let mut best = vec![[[f64::INFINITY; 2]; 2]; sessions.len()];
-        for round in 0..N_ROUNDS {
-            for i in 0..sessions.len() {
-                // What follows what changes from round to round.
-                let i = if round % 2 == 0 { i } else { sessions.len() - 1 - i };
-                for (best, depth) in best[i].iter_mut().zip(depths) {
-                    let times = round_at(sessions[i], n_prompt, depth)?;
-                    best.iter_mut().zip(times).for_each(|(best, t)| *best = t.min(*best));
-                }
-            }
-        }
-        let timing = |best: [[f64; 2]; 2]| {
-            let line = |i: usize, seen: f64| {
-                let point = |at: usize| (depths[at] as f64 + seen, best[at][i]);
-                Line::through([point(0), point(1)])
-            };
-            Timing { alone: line(0, 0.0), together: line(1, n_prompt as f64 / 2.0) }
+        let deep = n_depth.min(room.saturating_sub(n_prompt.max(N_ALONE)));
+        let mut at = |depth: usize| -> Result<[f64; 2]> {
+            Ok(fastest(&in_turns(&mut [&mut *session], n_prompt, depth, N_ROUNDS)?[0]))
         };
-        Ok(best.into_iter().map(timing).collect())
+        let (empty, full) = (at(0)?, at(deep)?);
+        let line =
+            |i: usize, seen: f64| Line::through([(seen, empty[i]), (deep as f64 + seen, full[i])]);
+        Ok(Timing { alone: line(0, 0.0), together: line(1, n_prompt as f64 / 2.0) })
     }
 
     /// Of the same model with attention that costs `new`, whose keys and values are cached as they are
