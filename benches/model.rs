@@ -96,5 +96,30 @@ fn steps(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, attention, normalizers, steps);
+/// A layer of OLMoE: what a token takes goes with the experts that it goes through, not with those that
+/// there are.
+fn experts(c: &mut Criterion) {
+    let tokens: Vec<u32> = (0..128).map(|i| i * 31 % 64).collect();
+    for n in [1, tokens.len()] {
+        let mut group = c.benchmark_group(format!("{n} through experts"));
+        group.sample_size(20);
+        group.throughput(Throughput::Elements(n as u64));
+        for experts in [(8, 8), (64, 8), (64, 4), (64, 2), (64, 1)] {
+            let olmoe = *shape::find("olmoe-1b-7b").unwrap();
+            let shape = Shape { n_layer: 1, n_vocab: 64, experts: Some(experts), ..olmoe };
+            let mut session = session(&shape, "Q4_0", (CacheType::F16, CacheType::F16));
+            let mut at = 0;
+            group.bench_function(format!("{} of {}", experts.1, experts.0), |b| {
+                b.iter(|| {
+                    // Other tokens, and so other experts, every time.
+                    at = (at + n) % tokens.len();
+                    session.rewind(0);
+                    session.feed_wanting(&tokens[at..][..n], 0..n).unwrap();
+                });
+            });
+        }
+    }
+}
+
+criterion_group!(benches, attention, normalizers, steps, experts);
 criterion_main!(benches);

@@ -23,14 +23,18 @@ pub struct Shape {
     pub n_head_kv: u64,
     /// Elements of a head.
     pub head_dim: u64,
-    /// Width of the feed-forward network.
+    /// Width of the feed-forward network, or of each expert.
     pub n_ff: u64,
+    /// Experts in place of a feed-forward network, and how many of them a token goes through.
+    pub experts: Option<(u32, u32)>,
     /// Tokens of the vocabulary.
     pub n_vocab: u64,
     /// Whether the embeddings are also the output matrix.
     pub tied: bool,
     /// Whether queries, keys and values have biases.
     pub qkv_bias: bool,
+    /// Whether queries and keys are normed, all heads together.
+    pub qk_norm: bool,
     /// Base of the rotation's frequencies; without one, positions are learned, as are biases of all
     /// norms and matrices.
     pub rope_base: Option<f32>,
@@ -47,9 +51,11 @@ pub static SHAPES: &[Shape] = &[
         n_head_kv: 12,
         head_dim: 64,
         n_ff: 3072,
+        experts: None,
         n_vocab: 50_257,
         tied: true,
         qkv_bias: true,
+        qk_norm: false,
         rope_base: None,
     },
     Shape {
@@ -61,9 +67,11 @@ pub static SHAPES: &[Shape] = &[
         n_head_kv: 3,
         head_dim: 64,
         n_ff: 1536,
+        experts: None,
         n_vocab: 49_152,
         tied: true,
         qkv_bias: false,
+        qk_norm: false,
         rope_base: Some(1e5),
     },
     Shape {
@@ -75,9 +83,11 @@ pub static SHAPES: &[Shape] = &[
         n_head_kv: 2,
         head_dim: 64,
         n_ff: 4864,
+        experts: None,
         n_vocab: 151_936,
         tied: true,
         qkv_bias: true,
+        qk_norm: false,
         rope_base: Some(1e6),
     },
     Shape {
@@ -89,10 +99,28 @@ pub static SHAPES: &[Shape] = &[
         n_head_kv: 8,
         head_dim: 64,
         n_ff: 8192,
+        experts: None,
         n_vocab: 128_256,
         tied: true,
         qkv_bias: false,
+        qk_norm: false,
         rope_base: Some(5e5),
+    },
+    Shape {
+        name: "olmoe-1b-7b",
+        arch: "olmoe",
+        n_embd: 2048,
+        n_layer: 16,
+        n_head: 16,
+        n_head_kv: 16,
+        head_dim: 128,
+        n_ff: 1024,
+        experts: Some((64, 8)),
+        n_vocab: 50_304,
+        tied: false,
+        qkv_bias: false,
+        qk_norm: true,
+        rope_base: Some(1e4),
     },
     Shape {
         name: "llama-3.1-8b",
@@ -103,9 +131,11 @@ pub static SHAPES: &[Shape] = &[
         n_head_kv: 8,
         head_dim: 128,
         n_ff: 14_336,
+        experts: None,
         n_vocab: 128_256,
         tied: false,
         qkv_bias: false,
+        qk_norm: false,
         rope_base: Some(5e5),
     },
 ];
@@ -179,7 +209,7 @@ pub fn file(shape: &Shape, mixture: &str) -> Result<Writer<'static>> {
     metadata(shape, &mut writer)?;
     let mut seed = 0x9E37_79B9_7F4A_7C15;
     let mut matrix =
-        |writer: &mut Writer, name: &str, format: &'static str, n_in: u64, n_out: u64| {
+        |writer: &mut Writer, name: &str, format: &'static str, [n_in, n_out, n]: [u64; 3]| {
             let Some(format) = quant::format_named(fitting(format, n_in)) else {
                 bad_usage!("type \"{format}\" cannot be computed with");
             };
@@ -187,9 +217,9 @@ pub fn file(shape: &Shape, mixture: &str) -> Result<Writer<'static>> {
             let mut state = seed;
             // Made row by row while the file is, so that there is one copy only.
             let rows = Data::stream(move |sink| {
-                (0..n_out).try_for_each(|_| sink(&format.random_row(n_in as usize, &mut state)))
+                (0..n * n_out).try_for_each(|_| sink(&format.random_row(n_in as usize, &mut state)))
             });
-            writer.tensor(name, format.ty, &[n_in, n_out], rows)
+            writer.tensor(name, format.ty, &[n_in, n_out, n][..if n > 1 { 3 } else { 2 }], rows)
         };
     let Some(f32s) = quant::format_named("F32") else { bad_usage!("no F32") };
     let vector = |writer: &mut Writer, name: &str, n: u64, x: f32| {
@@ -207,13 +237,13 @@ pub fn file(shape: &Shape, mixture: &str) -> Result<Writer<'static>> {
             None => vector(w, &format!("{name}.bias"), e, 0.01),
         }
     };
-    matrix(w, "token_embd.weight", embd, e, shape.n_vocab)?;
+    matrix(w, "token_embd.weight", embd, [e, shape.n_vocab, 1])?;
     norm(w, "output_norm")?;
     if shape.rope_base.is_none() {
-        matrix(w, "position_embd.weight", mixture.most, e, n_ctx(shape).into())?;
+        matrix(w, "position_embd.weight", mixture.most, [e, n_ctx(shape).into(), 1])?;
     }
     if !shape.tied {
-        matrix(w, "output.weight", mixture.output, e, shape.n_vocab)?;
+        matrix(w, "output.weight", mixture.output, [e, shape.n_vocab, 1])?;
     }
     let n = shape.n_layer;
     for i in 0..n {
@@ -221,35 +251,54 @@ pub fn file(shape: &Shape, mixture: &str) -> Result<Writer<'static>> {
         let more = i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
         let more = if more { mixture.more } else { mixture.most };
         let at = |name: &str| format!("blk.{i}.{name}");
-        let matrices: &[_] = match shape.rope_base {
-            Some(_) => &[
-                ("attn_q", mixture.most, e, q),
-                ("attn_k", mixture.most, e, kv),
-                ("attn_v", more, e, kv),
-                ("attn_output", mixture.most, q, e),
-                ("ffn_gate", mixture.most, e, shape.n_ff),
-                ("ffn_up", mixture.most, e, shape.n_ff),
-                ("ffn_down", more, shape.n_ff, e),
-            ],
-            None => &[
-                ("attn_qkv", mixture.most, e, q + 2 * kv),
-                ("attn_output", mixture.most, q, e),
-                ("ffn_up", mixture.most, e, shape.n_ff),
-                ("ffn_down", more, shape.n_ff, e),
-            ],
-        };
-        for (name, format, n_in, n_out) in matrices {
-            matrix(w, &at(&format!("{name}.weight")), format, *n_in, *n_out)?;
-            let is_qkv = ["attn_q", "attn_k", "attn_v"].contains(name);
+        for (name, format, dims) in matrices(shape, mixture.most, more) {
+            matrix(w, &at(&format!("{name}.weight")), format, dims)?;
+            let is_qkv = ["attn_q", "attn_k", "attn_v"].contains(&name);
             if shape.rope_base.is_none() || is_qkv && shape.qkv_bias {
-                vector(w, &at(&format!("{name}.bias")), *n_out, 0.01)?;
+                vector(w, &at(&format!("{name}.bias")), dims[1], 0.01)?;
             }
+        }
+        if shape.qk_norm {
+            vector(w, &at("attn_q_norm.weight"), q, 1.0)?;
+            vector(w, &at("attn_k_norm.weight"), kv, 1.0)?;
         }
         for name in ["attn_norm", "ffn_norm"] {
             norm(w, &at(name))?;
         }
     }
     Ok(writer)
+}
+
+/// A matrix of a layer: its name, its format, and its dims `[n_in, n_out, experts]`.
+type Matrix = (&'static str, &'static str, [u64; 3]);
+
+/// The matrices of a layer, most in one format, some in another.
+fn matrices(shape: &Shape, most: &'static str, more: &'static str) -> Vec<Matrix> {
+    let (e, ff) = (shape.n_embd, shape.n_ff);
+    let (q, kv) = (shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim);
+    let is_gated = shape.rope_base.is_some();
+    let mut all = match is_gated {
+        true => vec![
+            ("attn_q", most, [e, q, 1]),
+            ("attn_k", most, [e, kv, 1]),
+            ("attn_v", more, [e, kv, 1]),
+        ],
+        false => vec![("attn_qkv", most, [e, q + 2 * kv, 1])],
+    };
+    all.push(("attn_output", most, [q, e, 1]));
+    match shape.experts {
+        Some((n, _)) => all.extend([
+            ("ffn_gate_inp", "F32", [e, n.into(), 1]),
+            ("ffn_gate_exps", most, [e, ff, n.into()]),
+            ("ffn_up_exps", most, [e, ff, n.into()]),
+            ("ffn_down_exps", more, [ff, e, n.into()]),
+        ]),
+        None => {
+            all.extend(is_gated.then_some(("ffn_gate", most, [e, ff, 1])));
+            all.extend([("ffn_up", most, [e, ff, 1]), ("ffn_down", more, [ff, e, 1])]);
+        }
+    }
+    all
 }
 
 /// Context in tokens: long enough to time any depth, but not longer than a table of positions may be.
@@ -275,6 +324,10 @@ fn metadata(shape: &Shape, w: &mut Writer) -> Result<()> {
         if shape.rope_base.is_some() || !key.starts_with("rope.") {
             w.set(&format!("{arch}.{key}"), Value::U32(n))?;
         }
+    }
+    if let Some((n, n_used)) = shape.experts {
+        w.set(&format!("{arch}.expert_count"), Value::U32(n))?;
+        w.set(&format!("{arch}.expert_used_count"), Value::U32(n_used))?;
     }
     let epsilon = match shape.rope_base {
         Some(base) => {
