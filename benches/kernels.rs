@@ -5,7 +5,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use qkov::cpu::kernels::{Activations, LAYOUTS, Packed, Scratch, multiply, tile_of};
+use qkov::cpu::kernels::{Activations, LANES, LAYOUTS, Packed, Scratch, multiply, tile_of};
 use qkov::cpu::threads::Columns;
 use qkov::normalizer::{Choice, NORMALIZERS, Row};
 use qkov::quant::format_named;
@@ -71,6 +71,25 @@ fn products(c: &mut Criterion) {
     }
 }
 
+/// Rows of a file becoming panels: when a model is opened, and when an expert is read.
+fn packing(c: &mut Criterion) {
+    let mut group = c.benchmark_group("packing");
+    group.sample_size(20);
+    for layout in LAYOUTS {
+        let Some(format) = format_named(layout.name) else { continue };
+        let rows: Vec<_> = (0..N_OUT).map(|_| format.random_row(N_IN, &mut 5)).collect();
+        let mut panel = vec![0; layout.panel_bytes(N_IN)];
+        group.throughput(Throughput::Bytes((format.row_bytes(N_IN) * N_OUT) as u64));
+        group.bench_function(BenchmarkId::from_parameter(layout.name), |b| {
+            b.iter(|| {
+                for rows in rows.chunks(LANES) {
+                    layout.pack_panel(rows.iter().map(|r| &r[..]), black_box(&mut panel));
+                }
+            });
+        });
+    }
+}
+
 fn normalizers(c: &mut Criterion) {
     let mut group = c.benchmark_group("normalizer, row of 4096");
     let scores: Vec<f32> = floats(4096).iter().map(|x| 100.0 * x).collect();
@@ -114,5 +133,5 @@ fn functions(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, products, normalizers, functions);
+criterion_group!(benches, products, packing, normalizers, functions);
 criterion_main!(benches);

@@ -10,6 +10,7 @@
 //! an element of each row; BF16 of two, so that they fit instructions that add pairs of products.
 
 use super::LANES;
+use super::native::transpose;
 use crate::quant::Format;
 
 /// A packed layout, one for a tensor format.
@@ -86,8 +87,16 @@ fn blocks<const N: usize>(
     let rows = rows.map(|row| &row[..n_blocks]);
     let mut out = Words(out);
     for i in 0..n_blocks {
-        pack(&rows.map(|row| &row[i]), &mut out);
+        // Written out, as `map` would be a call.
+        let [a, b, c, d, e, f, g, h] = rows;
+        pack(&[&a[i], &b[i], &c[i], &d[i], &e[i], &f[i], &g[i], &h[i]], &mut out);
     }
+}
+
+/// 16 bytes from `start` on.
+#[inline(always)]
+fn sixteen(bytes: &[u8], start: usize) -> [u8; 16] {
+    bytes[start..].first_chunk().copied().unwrap_or_default()
 }
 
 #[inline(always)]
@@ -101,8 +110,18 @@ struct Words<'a>(&'a mut [u8]);
 
 impl Words<'_> {
     #[inline(always)]
-    fn push(&mut self, word_of_row: impl Fn(usize) -> u32) {
-        self.bytes(|r| word_of_row(r).to_le_bytes());
+    fn vector(&mut self, words: Vector) {
+        self.bytes(|r| words[r].to_le_bytes());
+    }
+
+    /// Four words per row, which lie together there, as four vectors.
+    #[inline(always)]
+    fn four(&mut self, of_row: impl Fn(usize) -> [u8; 16]) {
+        let (vectors, rest) = std::mem::take(&mut self.0).split_at_mut(16 * LANES);
+        if let Ok(vectors) = vectors.try_into() {
+            transpose(&std::array::from_fn(of_row), vectors);
+        }
+        self.0 = rest;
     }
 
     /// `N` bytes per row.
@@ -117,7 +136,10 @@ impl Words<'_> {
 }
 
 fn words(rows: &[&[u8]; LANES], out: &mut [u8]) {
-    blocks::<4>(rows, out, |rows, to| to.bytes(|r| *rows[r]));
+    let whole = rows[0].len() / 16 * 16;
+    let (fours, rest) = out.split_at_mut(whole * LANES);
+    blocks::<16>(&rows.map(|row| &row[..whole]), fours, |rows, to| to.four(|r| *rows[r]));
+    blocks::<4>(&rows.map(|row| &row[whole..]), rest, |rows, to| to.bytes(|r| *rows[r]));
 }
 
 fn halves(rows: &[&[u8]; LANES], out: &mut [u8]) {
@@ -143,8 +165,8 @@ fn i4(rows: &[&[u8]; LANES], out: &mut [u8]) {
 fn scaled<const N: usize>(rows: &[&[u8]; LANES], out: &mut [u8]) {
     blocks::<N>(rows, out, |rows, to| {
         to.bytes(|r| [rows[r][0], rows[r][1]]);
-        for j in 0..(N - 2) / 4 {
-            to.push(|r| word(&rows[r][2..], j));
+        for j in 0..(N - 2) / 16 {
+            to.four(|r| sixteen(rows[r], 2 + 16 * j));
         }
     });
 }
@@ -153,29 +175,50 @@ fn q4_1(rows: &[&[u8]; LANES], out: &mut [u8]) {
     blocks::<20>(rows, out, |rows, to| {
         to.bytes(|r| [rows[r][0], rows[r][1]]);
         to.bytes(|r| [rows[r][2], rows[r][3]]);
-        for j in 0..4 {
-            to.push(|r| word(&rows[r][4..], j));
-        }
+        to.four(|r| sixteen(rows[r], 4));
     });
+}
+
+/// A word of every row.
+type Vector = [u32; LANES];
+
+/// `j` of a row's words, of every row.
+#[inline(always)]
+fn vector<const N: usize>(rows: &Blocks<N>, start: usize, j: usize) -> Vector {
+    let mut words = [0; LANES];
+    words.iter_mut().zip(rows).for_each(|(to, row)| *to = word(&row[start..], j));
+    words
+}
+
+/// What `bits` makes of the words of every row and a number below `n`, all of them together.
+#[inline(always)]
+fn gathered(n: usize, bits: impl Fn(usize) -> (Vector, usize, u32, usize)) -> Vector {
+    let mut all = [0; LANES];
+    for j in 0..n {
+        let (words, right, mask, left) = bits(j);
+        all.iter_mut().zip(words).for_each(|(to, w)| *to |= (w >> right & mask) << left);
+    }
+    all
 }
 
 /// Bit `k` of a file's word goes to bit `k / 4` of byte `k % 4`.
 #[inline(always)]
-fn fifth_bits(high: u32) -> u32 {
-    // Each group of four bits spread over the bytes, by a product that moves bit i to 8 i.
-    (0..8).fold(0, |bits, j| {
-        let four = (high >> (4 * j) & 15).wrapping_mul(0x0020_4081) & 0x0101_0101;
-        bits | four << j
-    })
+fn fifth_bits(mut high: Vector) -> Vector {
+    for high in &mut high {
+        // Each group of four bits spread over the bytes, by a product that moves bit i to 8 i.
+        *high = (0..8).fold(0, |bits, j| {
+            let four = (*high >> (4 * j) & 15).wrapping_mul(0x0020_4081) & 0x0101_0101;
+            bits | four << j
+        });
+    }
+    high
 }
 
 fn q5_0(rows: &[&[u8]; LANES], out: &mut [u8]) {
     blocks::<22>(rows, out, |rows, to| {
         to.bytes(|r| [rows[r][0], rows[r][1]]);
-        for j in 0..4 {
-            to.push(|r| word(&rows[r][6..], j));
-        }
-        to.push(|r| fifth_bits(word(&rows[r][2..], 0)));
+        to.four(|r| sixteen(rows[r], 6));
+        to.vector(fifth_bits(vector(rows, 2, 0)));
     });
 }
 
@@ -183,56 +226,61 @@ fn q5_1(rows: &[&[u8]; LANES], out: &mut [u8]) {
     blocks::<24>(rows, out, |rows, to| {
         to.bytes(|r| [rows[r][0], rows[r][1]]);
         to.bytes(|r| [rows[r][2], rows[r][3]]);
-        for j in 0..4 {
-            to.push(|r| word(&rows[r][8..], j));
-        }
-        to.push(|r| fifth_bits(word(&rows[r][4..], 0)));
+        to.four(|r| sixteen(rows[r], 8));
+        to.vector(fifth_bits(vector(rows, 4, 0)));
     });
 }
 
 fn mxfp4(rows: &[&[u8]; LANES], out: &mut [u8]) {
     blocks::<17>(rows, out, |rows, to| {
         to.bytes(|r| [rows[r][0]]);
-        for j in 0..4 {
-            to.push(|r| word(&rows[r][1..], j));
-        }
+        to.four(|r| sixteen(rows[r], 1));
     });
 }
 
 /// The 4 low bits of sub-block `sub`, from files where 32 bytes hold two sub-blocks: vectors
 /// `j` and `j + 4` in one word.
 #[inline(always)]
-fn nibbles(quants: &[u8], sub: usize, j: usize) -> u32 {
-    let (a, b) = (word(quants, sub / 2 * 8 + j), word(quants, sub / 2 * 8 + j + 4));
-    match sub % 2 {
-        0 => a & 0x0F0F_0F0F | (b & 0x0F0F_0F0F) << 4,
-        _ => (a >> 4) & 0x0F0F_0F0F | b & 0xF0F0_F0F0,
-    }
+fn nibbles(quants: &[u8], sub: usize) -> [u8; 16] {
+    let start = sub / 2 * 32;
+    let (low, high) = (sixteen(quants, start), sixteen(quants, start + 16));
+    halves_of(low, high, sub % 2)
 }
 
-/// Scale and minimum of sub-block `sub`, 6 bits each, from their 12 bytes.
+/// The low (0) or high (1) halves of two times 16 bytes: those of the first below those of the second.
 #[inline(always)]
-fn scale_and_min(packed: &[u8], sub: usize) -> [u8; 2] {
-    match sub {
-        0..4 => [packed[sub] & 63, packed[sub + 4] & 63],
-        _ => [
-            packed[sub + 4] & 15 | packed[sub - 4] >> 6 << 4,
-            packed[sub + 4] >> 4 | packed[sub] >> 6 << 4,
-        ],
+fn halves_of(first: [u8; 16], second: [u8; 16], half: usize) -> [u8; 16] {
+    // Not by `from_fn`, which does it byte by byte.
+    let mut out = [0; 16];
+    for ((out, first), second) in out.iter_mut().zip(first).zip(second) {
+        *out = match half {
+            0 => first & 15 | second << 4,
+            _ => first >> 4 | second & 0xF0,
+        };
     }
+    out
+}
+
+/// Scales and minima of all sub-blocks, 6 bits each, from their 12 bytes.
+#[inline(always)]
+fn scales_and_minima(packed: &[u8]) -> [[u8; 8]; 2] {
+    const LOW: u32 = 0x0F0F_0F0F;
+    let [a, b, c] = [0, 1, 2].map(|i| word(packed, i));
+    let high = |x: u32| (x >> 6 & 0x0303_0303) << 4;
+    let both = |low: u32, high: u32| (u64::from(high) << 32 | u64::from(low)).to_le_bytes();
+    [both(a & 0x3F3F_3F3F, c & LOW | high(a)), both(b & 0x3F3F_3F3F, c >> 4 & LOW | high(b))]
 }
 
 /// `d`, `dmin`; for each sub-block its scale, its minimum, its nibbles.
 fn q4_k(rows: &[&[u8]; LANES], out: &mut [u8]) {
     blocks::<144>(rows, out, |rows, to| {
+        let scales = rows.map(|row| scales_and_minima(&row[4..16]));
+        let scale = |r: usize, kind: usize, sub: usize| scales[r][kind][sub];
         to.bytes(|r| [rows[r][0], rows[r][1]]);
         to.bytes(|r| [rows[r][2], rows[r][3]]);
         for sub in 0..8 {
-            to.bytes(|r| [scale_and_min(&rows[r][4..16], sub)[0]]);
-            to.bytes(|r| [scale_and_min(&rows[r][4..16], sub)[1]]);
-            for j in 0..4 {
-                to.push(|r| nibbles(&rows[r][16..], sub, j));
-            }
+            (0..2).for_each(|kind| to.bytes(|r| [scale(r, kind, sub)]));
+            to.four(|r| nibbles(&rows[r][16..], sub));
         }
     });
 }
@@ -240,18 +288,14 @@ fn q4_k(rows: &[&[u8]; LANES], out: &mut [u8]) {
 /// As Q4_K, and a vector of fifth bits after the nibbles.
 fn q5_k(rows: &[&[u8]; LANES], out: &mut [u8]) {
     blocks::<176>(rows, out, |rows, to| {
+        let scales = rows.map(|row| scales_and_minima(&row[4..16]));
+        let scale = |r: usize, kind: usize, sub: usize| scales[r][kind][sub];
         to.bytes(|r| [rows[r][0], rows[r][1]]);
         to.bytes(|r| [rows[r][2], rows[r][3]]);
         for sub in 0..8 {
-            to.bytes(|r| [scale_and_min(&rows[r][4..16], sub)[0]]);
-            to.bytes(|r| [scale_and_min(&rows[r][4..16], sub)[1]]);
-            for j in 0..4 {
-                to.push(|r| nibbles(&rows[r][48..], sub, j));
-            }
-            to.push(|r| {
-                let high = |j: usize| (word(&rows[r][16..], j) >> sub & 0x0101_0101) << j;
-                (0..8).fold(0, |bits, j| bits | high(j))
-            });
+            (0..2).for_each(|kind| to.bytes(|r| [scale(r, kind, sub)]));
+            to.four(|r| nibbles(&rows[r][48..], sub));
+            to.vector(gathered(8, |j| (vector(rows, 16, j), sub, 0x0101_0101, j)));
         }
     });
 }
@@ -264,22 +308,13 @@ fn q6_k(rows: &[&[u8]; LANES], out: &mut [u8]) {
             let (part, i) = (sub / 4, sub % 4);
             to.bytes(|r| [rows[r][192 + 2 * sub]]);
             to.bytes(|r| [rows[r][193 + 2 * sub]]);
-            for j in 0..4 {
-                to.push(|r| {
-                    let low = |j: usize| {
-                        word(&rows[r][part * 64 + i % 2 * 32..], j) >> (i / 2 * 4) & 0x0F0F_0F0F
-                    };
-                    low(j) | low(j + 4) << 4
-                });
-            }
+            to.four(|r| {
+                let start = part * 64 + i % 2 * 32;
+                halves_of(sixteen(rows[r], start), sixteen(rows[r], start + 16), i / 2)
+            });
             for v in 0..2 {
-                to.push(|r| {
-                    let high = |j: usize| {
-                        (word(&rows[r][128 + part * 32..], 4 * v + j) >> (2 * i) & 0x0303_0303)
-                            << (2 * j)
-                    };
-                    (0..4).fold(0, |bits, j| bits | high(j))
-                });
+                let start = 128 + part * 32 + 16 * v;
+                to.vector(gathered(4, |j| (vector(rows, start, j), 2 * i, 0x0303_0303, 2 * j)));
             }
         }
     });
@@ -296,9 +331,7 @@ fn iq4_xs(rows: &[&[u8]; LANES], out: &mut [u8]) {
                 let high = (u16::from_le_bytes([row[2], row[3]]) >> (2 * sub) & 3) as u8;
                 [((low | high << 4) as i8 - 32) as u8]
             });
-            for j in 0..4 {
-                to.push(|r| word(&rows[r][8 + sub * 16..], j));
-            }
+            to.four(|r| sixteen(rows[r], 8 + 16 * sub));
         }
     });
 }

@@ -11,6 +11,14 @@ pub(super) fn table(_: Level) -> &'static [Multiply] {
     &TABLE
 }
 
+/// Vectors of a word of each row, from four words of every row.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(super) fn transpose(rows: &[[u8; 16]; LANES], out: &mut [u8; 16 * LANES]) {
+    for (i, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        *out = rows[i % LANES].as_chunks::<4>().0[i / LANES];
+    }
+}
+
 static TABLE: [Multiply; LAYOUTS.len()] = [
     floats,
     floats,

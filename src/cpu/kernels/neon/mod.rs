@@ -50,6 +50,28 @@ const fn functions<L: Products>() -> [Multiply; LAYOUTS.len()] {
     ]
 }
 
+/// Vectors of a word of each row, from four words of every row.
+#[inline(always)]
+pub(super) fn transpose(rows: &[[u8; 16]; LANES], out: &mut [u8; 16 * LANES]) {
+    for (half, rows) in rows.as_chunks::<4>().0.iter().enumerate() {
+        // SAFETY: rows have as many bytes as are loaded, and `out` as many as are stored; NEON is part of
+        // the architecture.
+        unsafe {
+            let [a, b, c, d] =
+                rows.each_ref().map(|row| vreinterpretq_u32_u8(vld1q_u8(row.as_ptr())));
+            let (ab, cd) = (vtrn1q_u32(a, b), vtrn1q_u32(c, d));
+            let (ab_odd, cd_odd) = (vtrn2q_u32(a, b), vtrn2q_u32(c, d));
+            let low = |x, y| vtrn1q_u64(vreinterpretq_u64_u32(x), vreinterpretq_u64_u32(y));
+            let high = |x, y| vtrn2q_u64(vreinterpretq_u64_u32(x), vreinterpretq_u64_u32(y));
+            let words = [low(ab, cd), low(ab_odd, cd_odd), high(ab, cd), high(ab_odd, cd_odd)];
+            let to = out.as_mut_ptr().add(16 * half);
+            for (j, words) in words.into_iter().enumerate() {
+                vst1q_u8(to.add(4 * LANES * j), vreinterpretq_u8_u64(words));
+            }
+        }
+    }
+}
+
 /// Writes one panel's results of one token.
 #[inline(always)]
 unsafe fn store(out: Columns<f32>, t: usize, start: usize, n_rows: usize, acc: Lanes) {

@@ -61,6 +61,30 @@ pub(super) fn table(level: Level) -> &'static [Multiply] {
     }
 }
 
+/// Vectors of a word of each row, from four words of every row. Every processor has what it needs.
+#[inline(always)]
+pub(super) fn transpose(rows: &[[u8; 16]; LANES], out: &mut [u8; 16 * LANES]) {
+    for (half, rows) in rows.as_chunks::<4>().0.iter().enumerate() {
+        // SAFETY: rows have as many bytes as are loaded, and `out` as many as are stored; SSE2 is part of
+        // the architecture.
+        unsafe {
+            let [a, b, c, d] = rows.each_ref().map(|row| _mm_loadu_si128(row.as_ptr().cast()));
+            let (ab, cd) = (_mm_unpacklo_epi32(a, b), _mm_unpacklo_epi32(c, d));
+            let (ab_high, cd_high) = (_mm_unpackhi_epi32(a, b), _mm_unpackhi_epi32(c, d));
+            let words = [
+                _mm_unpacklo_epi64(ab, cd),
+                _mm_unpackhi_epi64(ab, cd),
+                _mm_unpacklo_epi64(ab_high, cd_high),
+                _mm_unpackhi_epi64(ab_high, cd_high),
+            ];
+            let to = out.as_mut_ptr().add(16 * half);
+            for (j, words) in words.into_iter().enumerate() {
+                _mm_storeu_si128(to.add(4 * LANES * j).cast(), words);
+            }
+        }
+    }
+}
+
 /// Defines the entry to an inlined function for a level.
 macro_rules! entry {
     ($name:ident<$bound:ident>, $features:literal, $inlined:expr) => {
