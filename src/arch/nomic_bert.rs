@@ -7,6 +7,7 @@ pub(super) const ARCH: Arch = Arch { name: "nomic-bert", read };
 
 fn read(keys: &Keys) -> Result<Hparams> {
     Ok(Hparams {
+        fused_qkv: true,
         qkv_bias: Bias::Never,
         attn_output_bias: Bias::Never,
         ffn_bias: Bias::Never,

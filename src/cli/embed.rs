@@ -12,6 +12,7 @@ use super::terminal::{print, progress, read_text};
 use crate::arch::Pooling;
 use crate::bad_usage;
 use crate::error::{Result, escaped};
+use crate::session::Session;
 use crate::session::embed::{cosine, normalize};
 
 #[derive(Args)]
@@ -82,17 +83,13 @@ impl Run for Embed {
             );
         }
         let mut session = self.run.session(model.clone(), self.run.ctx)?;
-        let bar = progress(self.texts.len(), "texts");
+        let texts = self.tokens(&session)?;
+        let bar = progress(texts.len(), "texts");
         let mut all = Vec::new();
-        for (i, text) in self.texts.iter().enumerate() {
-            let tokens = model.tokenizer.encode(text, true, self.parse_special);
-            let embed = |tokens: Vec<u32>| Ok((tokens.len(), session.embed(&tokens, pooling)?));
-            let (n_tokens, states) = match tokens.and_then(embed) {
-                Ok(found) => found,
-                Err(e) => bad_usage!("text {}, \"{}\": {e}", i + 1, shown(text)),
-            };
+        for (i, tokens) in texts.iter().enumerate() {
+            let states = session.embed(tokens, pooling)?;
             let rows = states.chunks_exact(model.hparams.n_embd).map(<[f32]>::to_vec);
-            let mut embedded = Embedded { n_tokens, rows: rows.collect() };
+            let mut embedded = Embedded { n_tokens: tokens.len(), rows: rows.collect() };
             if !self.no_normalize {
                 embedded.rows.iter_mut().for_each(|row| normalize(row));
             }
@@ -125,6 +122,20 @@ impl Embedded {
 }
 
 impl Embed {
+    /// The tokens of every text; refuses texts that have no vectors before any is made.
+    fn tokens(&self, session: &Session) -> Result<Vec<Vec<u32>>> {
+        let tokenizer = &session.model().tokenizer;
+        let encode = |(i, text): (usize, &String)| {
+            let tokens = tokenizer.encode(text, true, self.parse_special);
+            let checked = tokens.and_then(|tokens| session.check_text(&tokens).map(|()| tokens));
+            match checked {
+                Ok(tokens) => Ok(tokens),
+                Err(e) => bad_usage!("text {}, \"{}\": {e}", i + 1, shown(text)),
+            }
+        };
+        self.texts.iter().enumerate().map(encode).collect()
+    }
+
     fn report(&self, all: &[Embedded], pooling: Pooling) -> Value {
         let data = all.iter().enumerate().map(|(i, one)| {
             let rows = one.rows.iter().map(|row| row.iter().copied().map(number).collect());

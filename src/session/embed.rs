@@ -15,14 +15,11 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// There are no tokens, or some that the vocabulary does not have, or more than fit the context.
+    /// Those of [`Session::check_text`], or a pooling that needs a head.
     pub fn embed(&mut self, tokens: &[u32], pooling: Pooling) -> Result<Vec<f32>> {
-        if tokens.is_empty() {
-            bad_usage!("the text has no tokens; an embedding needs 1 or more");
-        }
         self.rewind(0);
+        self.check_text(tokens)?;
         let all = self.copies(tokens);
-        self.check(tokens, all.len())?;
         let n = all.len();
         // Of the last copy, which may go without a BOS.
         let first = match self.model.plan.n_copies() {
@@ -49,6 +46,16 @@ impl Session {
             (Asked::States, &mut states),
         );
         Ok(if pooling == Pooling::Mean { mean(&states, self.model.hparams.n_embd) } else { states })
+    }
+
+    /// Refuses a text that has no embedding: one without tokens, or with some that the vocabulary does
+    /// not have, or more than fit the context.
+    pub fn check_text(&self, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() {
+            bad_usage!("the text has no tokens; an embedding needs 1 or more");
+        }
+        self.check_tokens(tokens)?;
+        self.check_room(self.copies(tokens).len())
     }
 }
 
