@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use qkov::arch::Pooling;
 use qkov::cpu::{CacheType, Threads};
+use qkov::measure::record::record;
 use qkov::model::Model;
 use qkov::normalizer::NORMALIZERS;
 use qkov::session::{Options, Session, embed};
@@ -233,6 +234,21 @@ fn sessions_give_no_logits_that_a_model_does_not_have() {
             assert!(text.contains(expected) && !text.contains('\n'), "{text}");
         }
     }
+}
+
+#[test]
+fn patterns_of_an_encoder_look_both_ways() {
+    let e = &encoders()[0];
+    let (n, mut session) = (e.tokens.len(), exact(open(&e.name)));
+    let records = record(&mut session, &e.tokens, 0..2).unwrap();
+    for head in records.iter().flat_map(|r| &r.heads) {
+        assert!(head.weights.iter().all(|w| *w > 0.0));
+        assert!(head.weights.chunks(n).all(|row| (row.iter().sum::<f32>() - 1.0).abs() < 1e-5));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.npz");
+    ok(&["patterns", "-m", &path("bert"), "-p", "the rain", "-o", out.to_str().unwrap()], "");
+    assert!(out.exists());
 }
 
 #[test]
