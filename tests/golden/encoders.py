@@ -31,6 +31,9 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["the", "rain", "in", "hello", "world", "cafe", "##ing", "中", "文", *"0123456789.,!?-'"]
 VOCAB = SPECIAL + list(LETTERS) + [f"##{c}" for c in LETTERS] + WORDS
 
+# Seeds of weights with which keys have an inverse.
+SEEDS = {"bert": 2026, "nomic-bert": 29}
+
 # What is added to embeddings.
 IN_F32 = ("token_types.weight", "position_embd.weight")
 
@@ -164,7 +167,7 @@ def main(folder):
             for module in model.modules():
                 if isinstance(module, torch.nn.LayerNorm):
                     assert module.eps == EPS
-            fill(model, "F16")
+            fill(model, "F16", SEEDS[name])
             family = gguf.MODEL_ARCH[name.upper().replace("-", "_")]
             w = gguf.GGUFWriter(folder / f"{name}.gguf", name)
             metadata(w, model.config, pooling)
