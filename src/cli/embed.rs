@@ -1,6 +1,7 @@
 //! `qkov embed`: texts as vectors.
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
@@ -8,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::Run;
 use super::options::RunArgs;
-use super::terminal::{print, progress, read_text};
+use super::terminal::{note, print, progress, read_text};
 use crate::arch::Pooling;
 use crate::bad_usage;
 use crate::error::{Result, escaped};
@@ -42,6 +43,9 @@ pub(super) struct Embed {
     /// Reads the names of special tokens in the texts as these tokens
     #[arg(long)]
     parse_special: bool,
+    /// Tells times on stderr at the end
+    #[arg(short, long)]
+    verbose: bool,
 }
 
 impl ValueEnum for Pooling {
@@ -86,8 +90,11 @@ impl Run for Embed {
         let texts = self.tokens(&session)?;
         let bar = progress(texts.len(), "texts");
         let mut all = Vec::new();
+        let mut time = Duration::ZERO;
         for (i, tokens) in texts.iter().enumerate() {
+            let start = Instant::now();
             let states = session.embed(tokens, pooling)?;
+            time += start.elapsed();
             let rows = states.chunks_exact(model.hparams.n_embd).map(<[f32]>::to_vec);
             let mut embedded = Embedded { n_tokens: tokens.len(), rows: rows.collect() };
             if !self.no_normalize {
@@ -100,6 +107,15 @@ impl Run for Embed {
             }
         }
         bar.finish_and_clear();
+        if self.verbose {
+            let (n, seconds) = (texts.iter().map(Vec::len).sum::<usize>(), time.as_secs_f64());
+            note(&format!(
+                "{} texts, {n} tokens in {:.0} ms, {:.1} per second",
+                texts.len(),
+                1e3 * seconds,
+                n as f64 / seconds
+            ));
+        }
         match (self.json, self.similarity) {
             (true, _) => print(format!("{}\n", self.report(&all, pooling)).as_bytes()),
             (_, true) => print(self.table(&all).as_bytes()),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use qkov::arch::Pooling;
 use qkov::cpu::{CacheType, Threads};
+use qkov::gguf;
 use qkov::measure::record::record;
 use qkov::model::Model;
 use qkov::normalizer::NORMALIZERS;
@@ -13,6 +14,7 @@ use qkov::session::{Options, Session, embed};
 use serde_json::Value;
 
 use crate::cli::{code_and_text, error, ok};
+use crate::families::with_key;
 use crate::golden::{FOLDER, goldens};
 
 pub struct Encoder {
@@ -118,6 +120,31 @@ fn files_say_how_texts_are_pooled_and_read() {
     }
     let hparams = open("llama").hparams;
     assert_eq!((hparams.pooling, hparams.pooling()), (None, Pooling::Last));
+}
+
+/// A decoder whose file says that tokens see those that follow is read as one with the mask `prefix`.
+#[test]
+fn decoders_may_look_both_ways() {
+    let tokens: Vec<u32> = (20..40).collect();
+    let gguf = &open("llama").gguf;
+    let key = |name: &str, value| with_key(gguf, &format!("llama.{name}"), Some(value)).unwrap();
+    let model = key("attention.causal", gguf::Value::Bool(false));
+    assert_eq!((model.hparams.pooling(), &model.plan.names()[2][..]), (Pooling::Mean, "prefix"));
+    let text = model.hparams.must_predict().unwrap_err().to_string();
+    assert!(text.contains("attention.causal = false") && text.contains("llama"), "{text}");
+    let mut prefix = open("llama");
+    prefix.set_masks("prefix").unwrap();
+    let [mut ours, mut theirs] = [model, prefix].map(exact);
+    let states = ours.embed(&tokens, Pooling::None).unwrap();
+    assert_eq!(states, theirs.embed(&tokens, Pooling::None).unwrap());
+    assert!(distance(&states, &exact(open("llama")).embed(&tokens, Pooling::None).unwrap()) > 0.1);
+    // Tokens that are fed together are a prompt then.
+    ours.feed(&tokens).unwrap();
+    theirs.feed_prompt(&tokens).unwrap();
+    assert_eq!(ours.logits(), theirs.logits());
+    let rank = key("pooling_type", gguf::Value::U32(4));
+    assert_eq!(rank.hparams.pooling(), Pooling::Rank);
+    assert_eq!(key("pooling_type", gguf::Value::U32(1)).hparams.pooling(), Pooling::Mean);
 }
 
 #[test]
@@ -400,6 +427,8 @@ fn what_an_encoder_cannot_do_is_refused() {
     assert!(line.contains("text 1, \"\": the text has no tokens"), "{line}");
     let (code, text) = code_and_text(&["inspect", "-m", &bert, "--heads"]);
     assert_eq!(code, 0, "{text}");
+    let (code, text) = code_and_text(&["embed", "-m", &bert, "-v", "-s", "hello"]);
+    assert!(code == 0 && text.contains("1 texts, 3 tokens in "), "{text}");
     let text = ok(&["inspect", "-m", &bert], "");
     assert!(text.contains("rope_dim none") && text.contains("mask prefix"), "{text}");
     let json = ok(&["inspect", "-m", &bert, "--heads", "--json", "--layer", "0"], "");

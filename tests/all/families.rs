@@ -37,7 +37,7 @@ fn with_tensor(gguf: &Gguf, name: &str, dims: Option<&[u64]>) -> Result<Model> {
 }
 
 /// The model of a file with another value of a key, or without it.
-fn with_key(gguf: &Gguf, key: &str, value: Option<Value>) -> Result<Model> {
+pub fn with_key(gguf: &Gguf, key: &str, value: Option<Value>) -> Result<Model> {
     let mut writer = Writer::new();
     writer.copy_metadata(gguf).unwrap();
     writer.remove(key);
