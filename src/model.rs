@@ -38,6 +38,8 @@ pub struct Model {
     pub attention: Vec<Attention>,
     /// Embeddings of tokens. `[n_vocab, n_embd]`
     pub token_embd: Weight,
+    /// What is added to all embeddings of tokens: that of the first kind of them. `[n_embd]`
+    pub type_embd: Option<Vec<f32>>,
     /// Embeddings of positions. `[n_ctx_train, n_embd]`
     pub position_embd: Option<Weight>,
     /// The norm of token embeddings. `[n_embd]`
@@ -48,10 +50,10 @@ pub struct Model {
     pub long_rope_freqs: Option<Vec<f32>>,
     /// The layers, first to last.
     pub layers: Vec<Layer>,
-    /// The norm before the output. `[n_embd]`
-    pub output_norm: NormWeight,
-    /// The output; `token_embd` when the file has no other. `[n_vocab, n_embd]`
-    pub output: Weight,
+    /// The norm of the last layer's states. `[n_embd]`
+    pub output_norm: Option<NormWeight>,
+    /// The output, if there is one; `token_embd` when the file has no other. `[n_vocab, n_embd]`
+    pub output: Option<Weight>,
     /// The file's metadata and tensor table.
     pub gguf: Gguf,
     /// Things worth telling that do not prevent use.
@@ -75,7 +77,7 @@ pub struct Layer {
     pub latent: Option<LatentLayer>,
     /// Norms of queries and keys. `[h * key_dim]`, `[k * key_dim]`
     pub qk_norm: Option<(NormWeight, NormWeight)>,
-    /// `[n_embd]`
+    /// After attention, as [`Hparams::post_norm`] says. `[n_embd]`
     pub post_attention_norm: Option<NormWeight>,
     /// Absent where the FFN reads what attention reads, or the residual stream. `[n_embd]`
     pub ffn_norm: Option<NormWeight>,
@@ -83,7 +85,7 @@ pub struct Layer {
     pub ffn: Option<Ffn>,
     /// What each token goes through a few of.
     pub experts: Option<ExpertLayer>,
-    /// `[n_embd]`
+    /// The same after the FFN. `[n_embd]`
     pub post_ffw_norm: Option<NormWeight>,
 }
 
@@ -259,18 +261,18 @@ impl Model {
         let mut bind = Binder { gguf: &gguf, used: HashSet::new() };
         let (e, hp) = (hparams.n_embd, &hparams);
         let token_embd = bind.matrix("token_embd.weight", e, n_vocab)?;
+        let types = hp.token_types.map(|n| bind.first_row("token_types.weight", e, n));
+        let type_embd = types.transpose()?;
         let position_embd = match hp.learned_positions {
             true => Some(bind.matrix("position_embd.weight", e, hp.n_ctx_train)?),
             false => None,
         };
-        let embedding_norm = match hp.embedding_norm {
-            true => Some(bind.norm("token_embd_norm", e, hp)?),
+        let embedding_norm = bind.norm_if(hp.embedding_norm, "token_embd_norm", hp)?;
+        let output_norm = bind.norm_if(hp.output_norm, "output_norm", hp)?;
+        let output = match hp.output {
+            true if bind.has("output.weight") => Some(bind.matrix("output.weight", e, n_vocab)?),
+            true => Some(token_embd.clone()),
             false => None,
-        };
-        let output_norm = bind.norm("output_norm", e, hp)?;
-        let output = match bind.has("output.weight") {
-            true => bind.matrix("output.weight", e, n_vocab)?,
-            false => token_embd.clone(),
         };
         let [rope_freqs, long_rope_freqs] = bind.rope_freqs(hp)?;
         let mut layers = Vec::new();
@@ -288,6 +290,7 @@ impl Model {
             plan,
             attention,
             token_embd,
+            type_embd,
             position_embd,
             embedding_norm,
             rope_freqs,
@@ -375,9 +378,14 @@ impl Binder<'_> {
     }
 
     fn vector(&mut self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let row = self.matrix(name, n, 1)?;
-        let mut out = vec![0.0; n];
-        row.format.dequantize(row.row(0), &mut out);
+        self.first_row(name, n, 1)
+    }
+
+    /// The first row of a matrix.
+    fn first_row(&mut self, name: &str, n_in: usize, n_out: usize) -> Result<Vec<f32>> {
+        let rows = self.matrix(name, n_in, n_out)?;
+        let mut out = vec![0.0; n_in];
+        rows.format.dequantize(rows.row(0), &mut out);
         Ok(out)
     }
 
@@ -388,6 +396,10 @@ impl Binder<'_> {
             false => None,
         };
         Ok(NormWeight { weight, bias })
+    }
+
+    fn norm_if(&mut self, has: bool, name: &str, hp: &Hparams) -> Result<Option<NormWeight>> {
+        has.then(|| self.norm(name, hp.n_embd, hp)).transpose()
     }
 
     fn optional_norm(
@@ -509,15 +521,14 @@ impl Binder<'_> {
                 None => None,
             },
             post_attention_norm: self
-                .optional_norm((&blk, hp.post_norm.then_some("post_attention_norm")), hp)?,
+                .optional_norm((&blk, hp.post_norm.tensors().map(|t| t[0])), hp)?,
             ffn_norm: self.optional_norm((&blk, hp.ffn_norm), hp)?,
             ffn: self.ffn(&blk, layer, hp)?,
             experts: match &hp.experts {
                 Some(experts) if layer.has_experts => Some(self.experts(&blk, experts, hp)?),
                 _ => None,
             },
-            post_ffw_norm: self
-                .optional_norm((&blk, hp.post_norm.then_some("post_ffw_norm")), hp)?,
+            post_ffw_norm: self.optional_norm((&blk, hp.post_norm.tensors().map(|t| t[1])), hp)?,
         })
     }
 

@@ -36,10 +36,11 @@ pub struct LayerPlan {
 }
 
 impl Plan {
-    /// The model as trained: `split`, `causal`, `softmax`.
+    /// The model as trained: `split`, `softmax`, and `causal`, or, where all tokens of a text see each
+    /// other, `prefix`: a text is a prompt.
     pub fn trained(hparams: &Hparams) -> Result<Plan> {
         let form = merge::Choice::of(merge::find("split")?);
-        let mask = mask::Choice::of(mask::find("causal")?);
+        let mask = mask::Choice::of(mask::find(if hparams.causal { "causal" } else { "prefix" })?);
         let softmax = normalizer::Choice::of(normalizer::find("softmax")?);
         let layer = |n_head| LayerPlan {
             form: form.clone(),

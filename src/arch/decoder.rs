@@ -1,4 +1,4 @@
-//! What decoders have in common; an entry says where its family is different.
+//! What decoders have in common, and encoders; an entry says where its family is different.
 
 use super::*;
 
@@ -18,6 +18,8 @@ pub(super) fn decoder(keys: &Keys, kind: NormKind, pairing: Option<Pairing>) -> 
         n_vocab: 0,
         n_embd,
         n_ctx_train: keys.n_ctx_train()?,
+        causal: keys.flag("attention.causal", true)?,
+        pooling: keys.pooling()?,
         layers,
         key_dim,
         value_dim,
@@ -29,10 +31,13 @@ pub(super) fn decoder(keys: &Keys, kind: NormKind, pairing: Option<Pairing>) -> 
         attn_norm: Some("attn_norm"),
         ffn_norm: Some("ffn_norm"),
         qk_norm: None,
-        post_norm: false,
+        post_norm: PostNorm::None,
+        output_norm: true,
+        output: true,
         parallel: false,
         needs_sinks: false,
         learned_positions: false,
+        token_types: None,
         max_alibi_bias: None,
         temperature: None,
         latent: None,
@@ -61,6 +66,22 @@ pub(super) fn ungated(keys: &Keys, pairing: Option<Pairing>) -> Result<Hparams> 
         ffn_bias: Bias::Required,
         activation: Activation::GeluTanh,
         ffn_gate: Gate::None,
+        ..decoder(keys, NormKind::Layer, pairing)?
+    })
+}
+
+/// Encoders as since BERT: all tokens see each other and none is predicted, embeddings of tokens have a
+/// norm and their kind's embedding added, and the residual stream is normed after each addition.
+pub(super) fn encoder(keys: &Keys, pairing: Option<Pairing>) -> Result<Hparams> {
+    Ok(Hparams {
+        causal: keys.flag("attention.causal", false)?,
+        embedding_norm: true,
+        token_types: keys.token_types()?,
+        attn_norm: None,
+        ffn_norm: None,
+        post_norm: PostNorm::Sums,
+        output_norm: false,
+        output: false,
         ..decoder(keys, NormKind::Layer, pairing)?
     })
 }

@@ -12,7 +12,7 @@ fn read(keys: &Keys) -> Result<Hparams> {
     let mut hparams = Hparams {
         attn_norm: None,
         ffn_norm: None,
-        post_norm: true,
+        post_norm: PostNorm::Outputs,
         qk_norm: Some(QkNorm::Heads),
         ffn_bias: Bias::Never,
         rope_freqs: true,

@@ -29,7 +29,7 @@ pub(super) fn decoder(keys: &Keys, n_layer_27b: usize) -> Result<Hparams> {
     Ok(Hparams {
         attn_scale: 1.0 / (under_root as f32).sqrt(),
         embedding_scale: (hparams.n_embd as f32).sqrt(),
-        post_norm: true,
+        post_norm: PostNorm::Outputs,
         activation: Activation::GeluTanh,
         ..hparams
     })

@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use super::{Bias, Experts, Gating, LayerHparams, Pairing, Rope, Scaling};
+use super::{Bias, Experts, Gating, LayerHparams, Pairing, Pooling, Rope, Scaling};
 use crate::bad_file;
 use crate::error::Result;
 use crate::gguf::{Gguf, Value};
@@ -95,6 +95,23 @@ impl<'a> Keys<'a> {
     /// A flag, or what it is without the key.
     pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
         Ok(self.gguf.bool(&self.name(key))?.unwrap_or(default))
+    }
+
+    /// `pooling_type`.
+    pub fn pooling(&self) -> Result<Option<Pooling>> {
+        let most = Pooling::ALL.len() as u32 - 1;
+        let number = self.count_or_none("pooling_type", 0..=most)?;
+        Ok(number.map(|i| Pooling::ALL[i]))
+    }
+
+    /// Kinds of tokens that have embeddings; if there is one kind, it may go without.
+    pub fn token_types(&self) -> Result<Option<usize>> {
+        let key = "tokenizer.ggml.token_type_count";
+        match self.gguf.u32(key)?.unwrap_or(1) {
+            1 if !self.has_tensor("token_types.weight") => Ok(None),
+            n @ 1..=MAX_WIDTH => Ok(Some(n as usize)),
+            n => bad_file!("key \"{key}\" = {n}; allowed 1..={MAX_WIDTH}"),
+        }
     }
 
     /// Whether the file has a tensor of this name.

@@ -2,6 +2,7 @@
 //!
 //! An entry is one file that fills [`Hparams`]; engines read only that, and never the name.
 
+mod bert;
 mod bloom;
 mod cohere2;
 mod command_r;
@@ -20,6 +21,7 @@ mod internlm2;
 mod keys;
 mod llama;
 mod mistral3;
+mod nomic_bert;
 mod olmo2;
 mod olmoe;
 mod phi3;
@@ -34,9 +36,9 @@ mod starcoder2;
 
 pub use keys::Keys;
 
-use crate::bad_file;
 use crate::error::{Result, excerpt};
 use crate::gguf::Gguf;
+use crate::{bad_file, bad_usage};
 
 /// A family of models and how its metadata is read.
 pub struct Arch {
@@ -73,6 +75,8 @@ pub static ARCHS: &[Arch] = &[
     gptneox::ARCH,
     gpt2::ARCH,
     bloom::ARCH,
+    bert::ARCH,
+    nomic_bert::ARCH,
 ];
 
 /// Everything an engine must know about a model besides its weights.
@@ -86,6 +90,10 @@ pub struct Hparams {
     pub n_embd: usize,
     /// Longest context that the model was trained for, in tokens.
     pub n_ctx_train: usize,
+    /// Whether tokens see none that follow; if not, all tokens of a text see each other.
+    pub causal: bool,
+    /// What a text's embedding is made of, if the file says so.
+    pub pooling: Option<Pooling>,
     /// What differs between layers; its length is the number of layers.
     pub layers: Vec<LayerHparams>,
     /// Width of a query and key head.
@@ -109,15 +117,20 @@ pub struct Hparams {
     pub ffn_norm: Option<&'static str>,
     /// What of queries and keys is normed before rotation: `attn_q_norm`, `attn_k_norm`.
     pub qk_norm: Option<QkNorm>,
-    /// Whether the outputs of attention and FFN are normed before they are added:
-    /// `post_attention_norm`, `post_ffw_norm`.
-    pub post_norm: bool,
+    /// What is normed after attention and FFN.
+    pub post_norm: PostNorm,
+    /// Whether states of the last layer are normed: `output_norm`.
+    pub output_norm: bool,
+    /// Whether they become logits, by `output` or `token_embd`.
+    pub output: bool,
     /// Whether attention and FFN both read the residual stream as it enters the layer.
     pub parallel: bool,
     /// Whether all heads have sinks, `attn_sinks`; others may.
     pub needs_sinks: bool,
     /// Whether positions come from a learned table, `position_embd`.
     pub learned_positions: bool,
+    /// Kinds of tokens that have an embedding each, `token_types`; all tokens are of the first.
+    pub token_types: Option<usize>,
     /// Exponent of the steepest slope of linear biases: scores of `n` heads lose `2^(-max (i + 1) / n)`
     /// for every position between query and key (ALiBi, arXiv 2108.12409).
     pub max_alibi_bias: Option<f32>,
@@ -200,6 +213,54 @@ pub enum NormKind {
     Rms,
     /// Mean and variance (arXiv 1607.06450).
     Layer,
+}
+
+/// What is normed after attention and FFN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PostNorm {
+    /// Nothing.
+    None,
+    /// Their outputs, before they are added: `post_attention_norm`, `post_ffw_norm`.
+    Outputs,
+    /// The residual stream, after they were added: `attn_output_norm`, `layer_output_norm`.
+    Sums,
+}
+
+impl PostNorm {
+    /// Tensors of the norms after attention and after the FFN.
+    pub fn tensors(self) -> Option<[&'static str; 2]> {
+        match self {
+            PostNorm::None => None,
+            PostNorm::Outputs => Some(["post_attention_norm", "post_ffw_norm"]),
+            PostNorm::Sums => Some(["attn_output_norm", "layer_output_norm"]),
+        }
+    }
+}
+
+/// What the states of a text's tokens become: its embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// Each stays itself.
+    None,
+    /// Their mean.
+    Mean,
+    /// The first token's alone, which is CLS where texts begin with it.
+    Cls,
+    /// The last token's alone.
+    Last,
+    /// A number, by a head that ranks pairs of texts.
+    Rank,
+}
+
+impl Pooling {
+    /// All of them, in the order of their numbers in files.
+    pub const ALL: [Pooling; 5] =
+        [Pooling::None, Pooling::Mean, Pooling::Cls, Pooling::Last, Pooling::Rank];
+
+    /// The name on the command line and in messages.
+    pub fn name(self) -> &'static str {
+        ["none", "mean", "cls", "last", "rank"][self as usize]
+    }
 }
 
 /// What of queries and keys is normed.
@@ -384,6 +445,31 @@ impl Hparams {
     /// A context of `n` tokens, or of as many as the model has positions for.
     pub fn within_positions(&self, n: usize) -> usize {
         if self.learned_positions { n.min(self.n_ctx_train) } else { n }
+    }
+
+    /// What a text's embedding is made of: what the file says, or else the mean where all tokens see
+    /// each other, and the last token's state where only that has seen them all.
+    pub fn pooling(&self) -> Pooling {
+        self.pooling.unwrap_or(if self.causal { Pooling::Last } else { Pooling::Mean })
+    }
+
+    /// Refuses models that do not say which token follows.
+    pub fn must_predict(&self) -> Result<()> {
+        if !self.output {
+            bad_usage!(
+                "this model ({}) has no output matrix, so it predicts no tokens; it makes embeddings of \
+                 texts: qkov embed",
+                self.arch
+            );
+        }
+        if !self.causal {
+            bad_usage!(
+                "this model ({}) predicts no next token: its tokens see those that follow \
+                 (attention.causal = false); it makes embeddings of texts: qkov embed",
+                self.arch
+            );
+        }
+        Ok(())
     }
 
     /// The rotation of a layer.

@@ -9,7 +9,7 @@ fn read(keys: &Keys) -> Result<Hparams> {
     let mut hparams = Hparams {
         attn_norm: None,
         ffn_norm: None,
-        post_norm: true,
+        post_norm: PostNorm::Outputs,
         qk_norm: Some(QkNorm::Row),
         ffn_bias: Bias::Never,
         ..decoder::decoder(keys, NormKind::Rms, Some(Pairing::Half))?

@@ -126,7 +126,9 @@ impl Run for Compare {
 
 impl Compare {
     fn model(&self) -> Result<Model> {
-        self.run.model.open()
+        let model = self.run.model.open()?;
+        model.hparams.must_predict().map_err(|e| self.run.model.at(e))?;
+        Ok(model)
     }
 
     fn tokens(&self, model: &Model) -> Result<Vec<u32>> {

@@ -6,6 +6,7 @@ mod calibrate;
 mod chat;
 mod circuits;
 mod compare;
+mod embed;
 mod eval;
 mod forms;
 mod generate;
@@ -56,6 +57,7 @@ const fn entry<C: Run>() -> Entry {
 static COMMANDS: &[Entry] = &[
     entry::<chat::Chat>(),
     entry::<generate::Generate>(),
+    entry::<embed::Embed>(),
     entry::<eval::Eval>(),
     entry::<bench::Bench>(),
     entry::<compare::Compare>(),

@@ -169,10 +169,16 @@ impl ValueEnum for CacheType {
 }
 
 impl RunArgs {
-    /// Opens the model; warnings go to stderr.
+    /// Opens a model that predicts tokens; warnings go to stderr.
     pub(super) fn open(&self) -> Result<Arc<Model>> {
         let model = self.model.open()?;
+        model.hparams.must_predict().map_err(|e| self.model.at(e))?;
         self.planned(self.formed(model)?)
+    }
+
+    /// Opens any model; warnings go to stderr.
+    pub(super) fn open_any(&self) -> Result<Arc<Model>> {
+        self.planned(self.formed(self.model.open()?)?)
     }
 
     /// A model in the forms that were asked for.

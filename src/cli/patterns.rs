@@ -47,7 +47,7 @@ impl Run for Patterns {
             Some(text) => text,
             None => read_text(self.file.as_deref())?,
         };
-        let model = self.run.open()?;
+        let model = self.run.open_any()?;
         let layers = range("layer", &self.layers, model.layers.len())?;
         let tokens = model.tokenizer.encode(&text, true, false)?;
         if tokens.is_empty() {

@@ -13,7 +13,7 @@ use super::ops::{Rotation, Rotations, norm_row, norm_with};
 use super::rows::Rows;
 use super::threads::{Columns, Crew, Team};
 use super::weights::{LayerMatrices, Matrices, Matrix};
-use crate::arch::QkNorm;
+use crate::arch::{PostNorm, QkNorm};
 use crate::error::Result;
 use crate::merge::Kept;
 use crate::model::{Layer, Model, NormWeight};
@@ -77,6 +77,15 @@ pub(super) struct ThreadBuffers {
     pub(super) tiles: Tiles,
 }
 
+/// What is asked of a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// The logits of what follows it.
+    Logits,
+    /// What logits are made of: the last layer's residual stream, normed where the model norms it.
+    States,
+}
+
 /// Numbers of threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Threads {
@@ -133,7 +142,8 @@ impl Engine {
     }
 
     /// Runs `tokens` at the positions from `n_past` on, which must fit the cache, and appends to
-    /// `logits` those of the tokens in `wanted` (indices into `tokens`). `[wanted, n_vocab]`
+    /// `out` what is asked of the tokens in `wanted` (indices into `tokens`): `[wanted, n_vocab]` or
+    /// `[wanted, n_embd]`; no logits of a model that has none.
     /// Positions in `prompt` are those of a prompt; if its tokens see later ones, those must be in
     /// `tokens` too. Such tokens go through the layers together, however many they are, and buffers
     /// grow with them: about `14 n_embd + 10 n_head * head_dim + 10 n_ff` bytes for each.
@@ -144,7 +154,7 @@ impl Engine {
         (tokens, n_past, prompt): (&[u32], usize, &Range<usize>),
         wanted: Range<usize>,
         observer: Option<&dyn Observer>,
-        logits: &mut Vec<f32>,
+        (asked, out): (Asked, &mut Vec<f32>),
     ) {
         let Engine { team, n_threads, rotations, matrices, buffers } = self;
         let rotations = rotations.within(cache.n_ctx());
@@ -158,7 +168,7 @@ impl Engine {
                 let wanted = part(wanted.start)..part(wanted.end).max(part(wanted.start));
                 let n_past = n_past + start;
                 let pass = Pass { crew, model, rotations, matrices, observer, n_past, prompt };
-                buffers.forward(&pass, cache, &tokens[start..end], wanted, logits);
+                buffers.forward(&pass, cache, &tokens[start..end], wanted, (asked, &mut *out));
                 start = end;
             }
         });
@@ -209,11 +219,11 @@ impl Buffers {
         cache: &mut KvCache,
         tokens: &[u32],
         wanted: Range<usize>,
-        logits: &mut Vec<f32>,
+        (asked, out): (Asked, &mut Vec<f32>),
     ) {
         self.embed(pass, tokens);
         let last = pass.model.layers.len() - 1;
-        // After the last cache is filled, only tokens whose logits are asked for go on.
+        // After the last cache is filled, only tokens of which something is asked go on.
         let early = !pass.observer.is_some_and(|o| o.wants(last) || o.wants_heads(last));
         for i in 0..=last {
             let rest = if i == last && early { wanted.clone() } else { 0..tokens.len() };
@@ -222,8 +232,10 @@ impl Buffers {
         if !early {
             keep(&mut self.x, pass.model.hparams.n_embd, &wanted);
         }
-        if !wanted.is_empty() {
-            self.logits(pass, wanted.len(), logits);
+        match asked {
+            _ if wanted.is_empty() => {}
+            Asked::States => self.states(pass, out),
+            Asked::Logits => self.logits(pass, wanted.len(), out),
         }
     }
 
@@ -242,6 +254,9 @@ impl Buffers {
             let embd = &pass.model.token_embd;
             embd.format.dequantize(embd.row(*token as usize), x);
             simd::scale(x, hp.embedding_scale);
+            if let Some(embd) = &pass.model.type_embd {
+                simd::add(x, embd);
+            }
             if let Some(embd) = &pass.model.position_embd {
                 embd.format.dequantize(embd.row(pass.n_past + i), &mut self.added);
                 simd::add(x, &self.added);
@@ -464,7 +479,7 @@ impl Buffers {
         });
     }
 
-    /// Adds a product to the residual stream, normed where the model norms it.
+    /// Adds a product to the residual stream; either is normed where the model norms it.
     fn add_product(&mut self, pass: &Pass, w: &Matrix, source: Source, post: Option<&NormWeight>) {
         let hp = &pass.model.hparams;
         let n_embd = hp.n_embd;
@@ -493,16 +508,27 @@ impl Buffers {
             pass.crew.each(n, |_, t| {
                 // SAFETY: tasks have tokens of their own.
                 let (x, added) = unsafe { (x.part(t, 0, n_embd), added.part(t, 0, n_embd)) };
-                norm_row(hp.norm, weight, added);
+                if hp.post_norm == PostNorm::Outputs {
+                    norm_row(hp.norm, weight, added);
+                }
                 simd::add_scaled(x, hp.residual_scale, added);
+                if hp.post_norm == PostNorm::Sums {
+                    norm_row(hp.norm, weight, x);
+                }
             });
         }
     }
 
+    /// Normed states of the tokens in `x`.
+    fn states(&mut self, pass: &Pass, out: &mut Vec<f32>) {
+        self.norm(pass, pass.model.output_norm.as_ref(), Copies::default());
+        out.extend_from_slice(&self.normed.floats);
+    }
+
     fn logits(&mut self, pass: &Pass, n: usize, logits: &mut Vec<f32>) {
         let hp = &pass.model.hparams;
-        let w = &pass.matrices.output;
-        self.norm(pass, Some(&pass.model.output_norm), w.copies);
+        let Some(w) = &pass.matrices.output else { return };
+        self.norm(pass, pass.model.output_norm.as_ref(), w.copies);
         let start = logits.len();
         logits.resize(start + n * hp.n_vocab, 0.0);
         let out = &mut logits[start..];

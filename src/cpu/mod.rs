@@ -22,6 +22,6 @@ mod two_steps;
 mod weights;
 
 pub use cache::{CacheType, KvCache};
-pub use forward::{Engine, Threads};
+pub use forward::{Asked, Engine, Threads};
 pub use limits::Limits;
 pub use observe::{Observer, Seen, SeenHead, SeenRows};

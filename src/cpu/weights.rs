@@ -71,7 +71,7 @@ pub(super) struct LatentMatrices {
 /// All matrices that are multiplied.
 pub(super) struct Matrices {
     pub(super) layers: Vec<LayerMatrices>,
-    pub(super) output: Matrix,
+    pub(super) output: Option<Matrix>,
 }
 
 /// The matrices of a layer, in the order in which they are packed. `map`: what makes values, if they
@@ -103,7 +103,7 @@ impl Matrices {
         let maps: Vec<Option<Linear>> = maps.into_iter().collect::<Result<_>>()?;
         let layers = || model.layers.iter().zip(&maps);
         let weights = layers().flat_map(|(l, map)| linears(l, map)).map(|l| &l.weight);
-        let weights: Vec<&Weight> = weights.chain([&model.output]).collect();
+        let weights: Vec<&Weight> = weights.chain(&model.output).collect();
         let sizes = weights.iter().map(|w| packed(w, exact).map_or(0, |p| p.1));
         let sizes: Vec<usize> = sizes.map(|n| n.next_multiple_of(ALIGNMENT)).collect();
         let total: usize = sizes.iter().sum();
@@ -167,12 +167,12 @@ impl Matrices {
                 }),
             })
             .collect();
-        Ok(Matrices { layers, output: matrix(&model.output, None) })
+        Ok(Matrices { layers, output: model.output.as_ref().map(|w| matrix(w, None)) })
     }
 
     /// Every matrix.
     pub(super) fn all(&self) -> impl Iterator<Item = &Matrix> {
-        self.layers.iter().flat_map(LayerMatrices::all).chain([&self.output])
+        self.layers.iter().flat_map(LayerMatrices::all).chain(&self.output)
     }
 }
 

@@ -1,6 +1,7 @@
 //! One timeline of tokens: feed, rewind, read the logits of what comes next.
 
 pub mod chat;
+pub mod embed;
 pub mod sampler;
 
 use std::borrow::Cow;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 
 use crate::bad_usage;
 use crate::cpu::threads::default_threads;
-use crate::cpu::{CacheType, Engine, KvCache, Observer, Threads};
+use crate::cpu::{Asked, CacheType, Engine, KvCache, Observer, Threads};
 use crate::error::Result;
 use crate::model::Model;
 use crate::plan::Plan;
@@ -52,7 +53,8 @@ impl Default for Options {
 ///
 /// Some masks treat prompts differently ([`crate::mask`]), and what is a prompt is said, not guessed:
 /// [`Session::feed_prompt`] and [`Session::become_tokens`] read prompts, [`Session::feed`] reads tokens
-/// that see nothing after them.
+/// that see nothing after them, unless the model is not causal: then tokens that are fed together are a
+/// prompt. [`Session::embed`] is for texts.
 pub struct Session {
     model: Arc<Model>,
     engine: Engine,
@@ -251,7 +253,14 @@ impl Session {
         observer: Option<&dyn Observer>,
     ) -> Result<&[f32]> {
         self.check(tokens, tokens.len())?;
-        self.read(tokens, &(0..0), wanted, observer);
+        if !wanted.is_empty() {
+            self.check_output()?;
+        }
+        let prompt = match self.model.hparams.causal {
+            true => 0..0,
+            false => self.begin_prompt(tokens.len(), tokens.len()),
+        };
+        self.read(tokens, &prompt, wanted, observer);
         Ok(&self.logits)
     }
 
@@ -277,16 +286,18 @@ impl Session {
     ) -> Result<bool> {
         let all = self.copies(tokens);
         self.check(tokens, all.len())?;
-        let start = self.tokens.len();
-        let prompt = start..start + all.len();
-        if all.len() > tokens.len() || self.model.looks_ahead(&prompt) {
-            self.prompts.push(Prompt { positions: prompt.clone(), n: tokens.len() });
+        let has_logits = self.model.output.is_some();
+        // Who looks may need none.
+        if observer.is_none() {
+            self.check_output()?;
         }
+        let prompt = self.begin_prompt(all.len(), tokens.len());
+        let start = prompt.start;
         let mut at = start;
         while at < prompt.end {
             let end = prompt.end.min(at.saturating_add(n_step));
             let end = self.model.together(at..end, &prompt);
-            let wanted = end - at - usize::from(end == prompt.end)..end - at;
+            let wanted = end - at - usize::from(has_logits && end == prompt.end)..end - at;
             self.read(&all[at - start..end - start], &prompt, wanted, observer);
             at = end;
             if !go_on(at) {
@@ -296,6 +307,16 @@ impl Session {
             }
         }
         Ok(true)
+    }
+
+    /// The positions of a prompt that follows, of `n` tokens in all copies and `n_first` in the first.
+    fn begin_prompt(&mut self, n: usize, n_first: usize) -> Range<usize> {
+        let start = self.tokens.len();
+        let positions = start..start + n;
+        if n > n_first || self.model.looks_ahead(&positions) {
+            self.prompts.push(Prompt { positions: positions.clone(), n: n_first });
+        }
+        positions
     }
 
     /// A prompt as often as it is read; a BOS that it begins with stays the only one.
@@ -323,7 +344,7 @@ impl Session {
             (tokens, self.tokens.len(), prompt),
             wanted,
             observer,
-            &mut self.logits,
+            (Asked::Logits, &mut self.logits),
         );
         self.tokens.extend_from_slice(tokens);
     }
@@ -332,6 +353,14 @@ impl Session {
     fn check(&self, tokens: &[u32], n: usize) -> Result<()> {
         self.check_tokens(tokens)?;
         self.check_room(self.tokens.len() + n)
+    }
+
+    /// Refuses to give logits that the model does not have.
+    fn check_output(&self) -> Result<()> {
+        if self.model.output.is_none() {
+            self.model.hparams.must_predict()?;
+        }
+        Ok(())
     }
 
     /// Refuses a timeline of `n` tokens that does not fit the context.

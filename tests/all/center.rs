@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use qkov::arch::Pooling;
 use qkov::cpu::CacheType;
 use qkov::gguf::Gguf;
 use qkov::measure::forms;
@@ -23,8 +24,12 @@ fn formed(gguf: &Gguf, form: &str) -> Gguf {
     forms::rewritten(&model, &plan, &grams, None).unwrap()
 }
 
+/// All logits of some tokens, or the states of an encoder.
 fn logits(mut session: Session) -> Vec<f32> {
     let tokens = tokens(session.model().hparams.n_vocab, 40);
+    if session.model().output.is_none() {
+        return session.embed(&tokens, Pooling::None).unwrap();
+    }
     let mut out = session.feed_wanting(&tokens[..30], 0..30).unwrap().to_vec();
     for token in &tokens[30..] {
         out.extend_from_slice(session.feed_wanting(&[*token], 0..1).unwrap());

@@ -174,9 +174,9 @@ fn scores(model: &Model, direction: &[f64], is_output: bool) -> Vec<f64> {
             dot(&row, &direction) / dot(&row, &row).sqrt()
         }
         true => {
-            let gain = model.output_norm.weight.iter().map(|g| f64::from(*g));
-            let row: Vec<f64> =
-                row(&model.output, token).iter().zip(gain).map(|(w, g)| w * g).collect();
+            let gain = model.output_norm.as_ref().unwrap().weight.iter().map(|g| f64::from(*g));
+            let output = model.output.as_ref().unwrap();
+            let row: Vec<f64> = row(output, token).iter().zip(gain).map(|(w, g)| w * g).collect();
             dot(&row, &direction)
         }
     };

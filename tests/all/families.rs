@@ -37,7 +37,7 @@ fn with_tensor(gguf: &Gguf, name: &str, dims: Option<&[u64]>) -> Result<Model> {
 }
 
 /// The model of a file with another value of a key, or without it.
-fn with_key(gguf: &Gguf, key: &str, value: Option<Value>) -> Result<Model> {
+pub fn with_key(gguf: &Gguf, key: &str, value: Option<Value>) -> Result<Model> {
     let mut writer = Writer::new();
     writer.copy_metadata(gguf).unwrap();
     writer.remove(key);
@@ -51,7 +51,7 @@ fn with_key(gguf: &Gguf, key: &str, value: Option<Value>) -> Result<Model> {
 /// Whether a file without this tensor is sound: another one serves, or it is another member of the
 /// family, whose layers are as the first.
 fn can_lack(arch: &str, name: &str) -> bool {
-    let biases = ["gpt2", "gptneox", "bloom", "starcoder2", "gpt-oss"];
+    let biases = ["gpt2", "gptneox", "bloom", "starcoder2", "gpt-oss", "bert"];
     let is_norm = name.contains("norm");
     match name {
         "output.weight" => true,
@@ -65,7 +65,7 @@ fn can_lack(arch: &str, name: &str) -> bool {
             || name.contains(".attn_k.")
             || name.contains(".attn_v.") =>
         {
-            !["qwen2", "gpt-oss"].contains(&arch)
+            !["qwen2", "gpt-oss", "bert"].contains(&arch)
         }
         _ => !biases.contains(&arch),
     }
@@ -121,6 +121,26 @@ fn every_key_is_read_in_its_range() {
                 says(&case, with_key(&gguf, key, Some(value)), &[key]);
             }
         }
+    }
+}
+
+#[test]
+fn kinds_of_tokens_may_go_without_embeddings_if_there_is_one() {
+    let (_, gguf) = files().into_iter().find(|(name, _)| name == "bert").unwrap();
+    let (key, tensor) = ("tokenizer.ggml.token_type_count", "token_types.weight");
+    let mut writer = Writer::new();
+    writer.copy_metadata(&gguf).unwrap();
+    writer.remove(key);
+    gguf.tensors().iter().filter(|t| t.name != tensor).for_each(|t| {
+        writer.tensor(&t.name, t.ty, &t.dims, Data::View(gguf.data(t))).unwrap();
+    });
+    let bytes = writer.to_bytes().unwrap();
+    let one = Model::from_gguf(Gguf::parse(Bytes::from(bytes)).unwrap()).unwrap();
+    assert!(one.type_embd.is_none() && one.warnings.is_empty());
+    says("one of two", with_key(&gguf, key, Some(Value::U32(1))), &[tensor, "has shape"]);
+    for bad in [0, u32::MAX] {
+        let parts = [key, "allowed 1..=", &bad.to_string()];
+        says("a count", with_key(&gguf, key, Some(Value::U32(bad))), &parts);
     }
 }
 

@@ -9,21 +9,23 @@ use qkov::cpu::{CacheType, Threads};
 use qkov::model::Model;
 use qkov::session::{Options, Session};
 
-struct Golden {
-    name: String,
-    model: Arc<Model>,
-    tokens: Vec<u32>,
+use crate::embed::encoders;
+
+pub struct Golden {
+    pub name: String,
+    pub model: Arc<Model>,
+    pub tokens: Vec<u32>,
     /// Indices into `tokens`.
-    positions: Vec<usize>,
+    pub positions: Vec<usize>,
     /// After each of the positions. `[positions, n_vocab]`
-    logits: Vec<f32>,
+    pub logits: Vec<f32>,
     /// What follows the tokens greedily.
     follow: Vec<u32>,
 }
 
-const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
+pub const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 
-fn goldens() -> Vec<Golden> {
+pub fn goldens() -> Vec<Golden> {
     let model = |name: &str| Model::open(&Path::new(FOLDER).join(format!("{name}.gguf"))).unwrap();
     ["arch.bin", "families.bin", "experts.bin"]
         .into_iter()
@@ -79,7 +81,7 @@ impl Golden {
     }
 
     /// One whose activations are never rounded.
-    fn exact(&self, cache: CacheType) -> Session {
+    pub fn exact(&self, cache: CacheType) -> Session {
         self.open(cache, 2, true)
     }
 
@@ -133,13 +135,15 @@ fn bits(logits: &[f32]) -> Vec<u32> {
 
 #[test]
 fn every_architecture_has_a_golden_model() {
-    let goldens = goldens();
+    let (goldens, encoders) = (goldens(), encoders());
     for arch in ARCHS {
-        let found = goldens.iter().any(|g| g.model.hparams.arch == arch.name);
+        let models = goldens.iter().map(|g| &g.model).chain(encoders.iter().map(|e| &e.model));
+        let found = models.into_iter().any(|model| model.hparams.arch == arch.name);
         assert!(found, "{} has no golden model", arch.name);
     }
-    for g in goldens {
-        assert!(g.model.warnings.is_empty(), "{}: {:?}", g.name, g.model.warnings);
+    let models = goldens.iter().map(|g| (&g.name, &g.model));
+    for (name, model) in models.chain(encoders.iter().map(|e| (&e.name, &e.model))) {
+        assert!(model.warnings.is_empty(), "{name}: {:?}", model.warnings);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use qkov::arch::Pooling;
 use qkov::cpu::{CacheType, Threads};
 use qkov::gguf::{Bytes, Data, Gguf, Writer};
 use qkov::measure::forms;
@@ -47,10 +48,13 @@ fn formed(gguf: &Gguf, form: &str) -> Result<Gguf, qkov::error::Error> {
     forms::rewritten(&model, &plan, &grams, quant::format_named("F32"))
 }
 
-/// All logits of some tokens, most read together, some one by one.
+/// All logits of some tokens, most read together, some one by one; or the states of an encoder.
 fn logits(gguf: Gguf) -> Vec<f32> {
     let mut session = session(gguf, 48);
     let tokens = tokens(session.model().hparams.n_vocab, 48);
+    if session.model().output.is_none() {
+        return session.embed(&tokens, Pooling::None).unwrap();
+    }
     let mut out = session.feed_wanting(&tokens[..30], 0..30).unwrap().to_vec();
     for token in &tokens[30..] {
         out.extend_from_slice(session.feed_wanting(&[*token], 0..1).unwrap());

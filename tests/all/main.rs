@@ -14,6 +14,7 @@ mod choose;
 mod circuits;
 mod cli;
 mod compare;
+mod embed;
 mod export;
 mod families;
 mod forms;

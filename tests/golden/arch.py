@@ -235,9 +235,9 @@ def write(path, model, ty):
     save(w, ty, tensors(model, config.model_type))
 
 
-def save(w, ty, tensors):
+def save(w, ty, tensors, full=()):
     for name, data in tensors:
-        is_matrix = data.ndim > 1 and not name.endswith("_norm.weight")
+        is_matrix = data.ndim > 1 and not name.endswith("_norm.weight") and name not in full
         q = gguf.GGMLQuantizationType[ty if is_matrix else "F32"]
         raw = gguf.quantize(data, q)
         assert (gguf.dequantize(raw, q) == data).all() or name.startswith("rope_f"), name

@@ -29,7 +29,7 @@ pub struct Match {
 pub enum Side {
     /// Token embeddings, for what a head reads.
     Embedding,
-    /// The last norm's gain and the output, for what it writes.
+    /// The last norm's gain and the output, for what it writes; token embeddings where there is none.
     Output,
 }
 
@@ -106,12 +106,12 @@ pub fn matches(
 ) -> Vec<[Vec<Match>; 2]> {
     let w = match side {
         Side::Embedding => &model.token_embd,
-        Side::Output => &model.output,
+        Side::Output => model.output.as_ref().unwrap_or(&model.token_embd),
     };
     let through = |direction: &Vec<f64>| -> Vec<f32> {
         let direction = centered(model, direction.clone());
-        let gain = &model.output_norm.weight;
-        let factor = |e: usize| if side == Side::Output { gain[e] } else { 1.0 };
+        let gain = model.output_norm.as_ref().filter(|_| side == Side::Output);
+        let factor = |e: usize| gain.map_or(1.0, |norm| norm.weight[e]);
         direction.iter().enumerate().map(|(e, x)| *x as f32 * factor(e)).collect()
     };
     if directions.is_empty() {

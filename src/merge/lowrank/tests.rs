@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::*;
 use crate::arch::{
-    Activation, Bias, Gate, Hparams, LayerHparams, Norm, NormKind, QkNorm, Rope, Scaling,
+    Activation, Bias, Gate, Hparams, LayerHparams, Norm, NormKind, PostNorm, QkNorm, Rope, Scaling,
 };
 
 const N_EMBD: usize = 20;
@@ -95,6 +95,8 @@ fn hparams(case: Case) -> Hparams {
         n_vocab: 1,
         n_embd: N_EMBD,
         n_ctx_train: PERIOD,
+        causal: true,
+        pooling: None,
         layers: vec![layer; LAYER + 1],
         key_dim: case.key_dim,
         value_dim: case.value_dim,
@@ -106,10 +108,13 @@ fn hparams(case: Case) -> Hparams {
         attn_norm: Some("attn_norm"),
         ffn_norm: Some("ffn_norm"),
         qk_norm: case.qk_norm.then_some(QkNorm::Heads),
-        post_norm: false,
+        post_norm: PostNorm::None,
+        output_norm: true,
+        output: true,
         parallel: false,
         needs_sinks: false,
         learned_positions: false,
+        token_types: None,
         max_alibi_bias: None,
         temperature: None,
         ropes: case.rope.map(rope).into_iter().collect(),
