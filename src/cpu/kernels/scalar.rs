@@ -11,6 +11,10 @@ pub(super) fn table(_: Level) -> &'static [Multiply] {
     &TABLE
 }
 
+/// Nothing.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(super) fn prefetch(_: *const u8) {}
+
 /// Vectors of a word of each row, from four words of every row.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(super) fn transpose(rows: &[[u8; 16]; LANES], out: &mut [u8; 16 * LANES]) {

@@ -50,6 +50,10 @@ const fn functions<L: Products>() -> [Multiply; LAYOUTS.len()] {
     ]
 }
 
+/// Nothing: there is no stable name for it.
+#[inline(always)]
+pub(super) fn prefetch(_: *const u8) {}
+
 /// Vectors of a word of each row, from four words of every row.
 #[inline(always)]
 pub(super) fn transpose(rows: &[[u8; 16]; LANES], out: &mut [u8; 16 * LANES]) {

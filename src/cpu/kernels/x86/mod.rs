@@ -211,15 +211,20 @@ unsafe fn integers<I: Isa, F: Quants>(
     }
 }
 
-/// Asks for the part of a block's successors that follows its 32 elements `i`, before it is needed.
+/// Asks for what lies at an address, if anything does, before it is needed.
 #[inline(always)]
-unsafe fn prefetch<Q: Quants>(block: *const u8, i: usize) {
+pub(super) fn prefetch(at: *const u8) {
+    // SAFETY: nothing is read that the program could see.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+}
+
+/// Asks for the part of a block's successors that follows its 32 elements `i`.
+#[inline(always)]
+fn prefetch_after<Q: Quants>(block: *const u8, i: usize) {
     const AHEAD: usize = 4096;
     let n = Q::ROW_BYTES * LANES / (Q::BLOCK / 32);
     for line in (0..n).step_by(64) {
-        let at = block.wrapping_add(AHEAD + i * n + line);
-        // SAFETY: nothing is read that the program could see.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+        prefetch(block.wrapping_add(AHEAD + i * n + line));
     }
 }
 
@@ -232,7 +237,7 @@ unsafe fn one_token<I: Isa, Q: Quants>(panel: *const u8, n_in: usize, x: &Activa
             let block = panel.add(b * Q::ROW_BYTES * LANES);
             let head = Q::head(block);
             for i in 0..Q::BLOCK / 32 {
-                prefetch::<Q>(block, i);
+                prefetch_after::<Q>(block, i);
                 let group = Q::group(block, head, i);
                 let g = b * (Q::BLOCK / 32) + i;
                 let quants = x.quants.as_ptr().add(32 * g);
