@@ -53,6 +53,7 @@ fn products(c: &mut Criterion) {
                 sums16: &sums16,
                 sums32: &sums32,
                 pairs: &pairs,
+                low: &[],
             };
             let mut out = vec![0.0; n * N_OUT];
             let mut scratch = Scratch::default();

@@ -5,10 +5,14 @@
 
 mod ffn;
 mod latent;
+mod lora;
 mod rewrite;
 mod stock;
+mod weight;
 
+pub use lora::{Lora, adapted, is_adapter};
 pub use rewrite::NewLayer;
+pub use weight::{Linear, Weight};
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -18,10 +22,10 @@ use crate::arch::{Bias, Hparams, LayerHparams, QkNorm, Rope, Scaling, rewritten}
 use crate::attention::Attention;
 use crate::bad_file;
 use crate::error::{Result, excerpt};
-use crate::gguf::{Bytes, Gguf};
+use crate::gguf::Gguf;
 use crate::merge::{BLOCK, Geometry};
 use crate::plan::{Plan, PlanFile};
-use crate::quant::{self, Format};
+use crate::quant;
 use crate::token::Tokenizer;
 
 /// A model, ready for an engine.
@@ -119,26 +123,6 @@ pub struct LatentLayer {
     pub kv_a_norm: NormWeight,
 }
 
-/// A matrix in its format: `n_out` rows of `n_in` elements.
-#[derive(Clone)]
-pub struct Weight {
-    /// How a row is read.
-    pub format: &'static Format,
-    /// Elements of a row.
-    pub n_in: usize,
-    /// Rows.
-    pub n_out: usize,
-    bytes: Bytes,
-}
-
-/// A matrix with its bias. `[n_out]`
-pub struct Linear {
-    /// The matrix.
-    pub weight: Weight,
-    /// Added to its product.
-    pub bias: Option<Vec<f32>>,
-}
-
 /// The attention of every layer, bound to a plan.
 fn attention(hparams: &Hparams, plan: &Plan) -> Vec<Attention> {
     let layers = plan.layers.iter().enumerate();
@@ -151,27 +135,6 @@ pub struct NormWeight {
     pub weight: Vec<f32>,
     /// Added per element.
     pub bias: Option<Vec<f32>>,
-}
-
-impl Weight {
-    /// The bytes of one row.
-    pub fn row(&self, i: usize) -> &[u8] {
-        let n = self.format.row_bytes(self.n_in);
-        &self.bytes[i * n..(i + 1) * n]
-    }
-}
-
-impl Linear {
-    /// Rows `start..start + n_out` as a matrix of their own.
-    fn rows(&self, start: usize, n_out: usize) -> Result<Linear> {
-        let w = &self.weight;
-        let n = w.format.row_bytes(w.n_in);
-        let Some(bytes) = w.bytes.slice(start * n..(start + n_out) * n) else {
-            bad_file!("a matrix of {} rows; expected {} or more", w.n_out, start + n_out);
-        };
-        let bias = self.bias.as_ref().map(|b| b[start..start + n_out].to_vec());
-        Ok(Linear { weight: Weight { n_out, bytes, ..w.clone() }, bias })
-    }
 }
 
 impl Model {
@@ -244,8 +207,11 @@ impl Model {
         self.plan = plan;
     }
 
-    /// Builds the model of an open file.
+    /// Builds the model of an open file, with the adapters beside it.
     pub fn from_gguf(gguf: Gguf) -> Result<Model> {
+        if is_adapter(&gguf)? {
+            bad_file!("this is an adapter, which goes with a model: as --lora beside --model");
+        }
         let n_vocab = gguf.array("tokenizer.ggml.tokens")?.map_or(0, |tokens| tokens.len);
         // Before the tokenizer, so that an unknown architecture is what the user reads.
         let hparams = Hparams::read(&gguf, n_vocab)?;
@@ -366,15 +332,10 @@ impl Binder<'_> {
         if tensor.dims != wanted && !is_vector {
             bad_file!("tensor \"{name}\" has shape {:?}; expected {wanted:?}", tensor.dims);
         }
-        let Some(format) = quant::format_of(tensor.ty.id) else {
-            bad_file!(
-                "tensor \"{name}\" is {}, which cannot be computed with; readable: {}",
-                tensor.ty.name,
-                quant::readable()
-            );
-        };
+        let format = weight::format_of(tensor)?;
         self.used.insert(name.to_string());
-        Ok(Weight { format, n_in, n_out, bytes: self.gguf.data(tensor) })
+        let weight = Weight::new(format, [n_in, n_out], self.gguf.data(tensor));
+        Ok(Weight { loras: self.loras(name)?, ..weight })
     }
 
     fn vector(&mut self, name: &str, n: usize) -> Result<Vec<f32>> {
@@ -385,7 +346,7 @@ impl Binder<'_> {
     fn first_row(&mut self, name: &str, n_in: usize, n_out: usize) -> Result<Vec<f32>> {
         let rows = self.matrix(name, n_in, n_out)?;
         let mut out = vec![0.0; n_in];
-        rows.format.dequantize(rows.row(0), &mut out);
+        rows.dequantize_row(0, &mut out);
         Ok(out)
     }
 
@@ -419,7 +380,7 @@ impl Binder<'_> {
                 let rows = self.matrix(&name, hp.key_dim, n)?;
                 let mut all = vec![0.0; n * hp.key_dim];
                 for (i, row) in all.chunks_exact_mut(hp.key_dim).enumerate() {
-                    rows.format.dequantize(rows.row(i), row);
+                    rows.dequantize_row(i, row);
                 }
                 all
             }

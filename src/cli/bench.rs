@@ -175,14 +175,16 @@ impl Bench {
     /// The file, or what stands for it.
     pub(super) fn gguf(&self) -> Result<Gguf> {
         match &self.shape {
-            Some(name) => shape::synthetic(shape::find(name)?, &self.mixture),
+            Some(name) => {
+                self.run.model.adapted(shape::synthetic(shape::find(name)?, &self.mixture)?)
+            }
             None => self.run.model.gguf(),
         }
     }
 
     pub(super) fn name(&self) -> String {
         let synthetic = self.shape.as_ref().map(|s| format!("{s} {} (synthetic)", self.mixture));
-        synthetic.unwrap_or_else(|| self.run.model.name())
+        synthetic.map_or_else(|| self.run.model.name(), |name| self.run.model.with_adapters(name))
     }
 
     fn row(&self, session: &Session, starts: &Starts, run: &Measured) -> Value {

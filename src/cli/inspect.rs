@@ -1,5 +1,7 @@
 //! `qkov inspect`: what is in a file.
 
+use std::collections::BTreeSet;
+
 use clap::Args;
 use serde_json::{Map, Value as Json, json};
 
@@ -10,8 +12,8 @@ use super::terminal::{note, print, print_json};
 use crate::arch::Hparams;
 use crate::attention::Attention;
 use crate::error::{Result, escaped};
-use crate::gguf::{self, Gguf, Value};
-use crate::model::Model;
+use crate::gguf::{self, Gguf, HALVES, Value};
+use crate::model::{Model, is_adapter};
 use crate::plan::Plan;
 
 #[derive(Args)]
@@ -77,7 +79,9 @@ impl Inspect {
                        "part": part, "offset": range.start})
             })
             .collect();
+        let adapters = adapters(gguf);
         let (layers, problem) = match layers(gguf) {
+            _ if adapters.is_some() => (None, None),
             Ok(layers) => (Some(layers), None),
             Err(error) => (None, Some(error.to_string())),
         };
@@ -87,6 +91,7 @@ impl Inspect {
             "n_params": n_params(gguf),
             "metadata": metadata,
             "layers": layers,
+            "adapter": adapters,
             "unsupported": problem,
             "tensors": tensors,
         })
@@ -105,10 +110,13 @@ impl Inspect {
         for (key, value) in gguf.metadata() {
             text += &format!("  {} = {}\n", escaped(key), shown(value));
         }
-        text += "\nattention\n";
-        match layers(gguf) {
-            Ok(layers) => layers.iter().for_each(|layer| text += &format!("  {}\n", row(layer))),
-            Err(error) => text += &format!("  {error}\n"),
+        match (adapters(gguf), layers(gguf)) {
+            (Some(adapters), _) => text += &format!("\nadapter\n  {}\n", row(&adapters)),
+            (None, Ok(layers)) => {
+                text += "\nattention\n";
+                layers.iter().for_each(|layer| text += &format!("  {}\n", row(layer)));
+            }
+            (None, Err(error)) => text += &format!("\nattention\n  {error}\n"),
         }
         match self.tensors {
             true => {
@@ -126,6 +134,17 @@ impl Inspect {
 
 fn n_params(gguf: &Gguf) -> u64 {
     gguf.tensors().iter().map(|t| t.n_elements()).sum()
+}
+
+/// Adapters of a file that has them and no model: how many, and their ranks.
+fn adapters(gguf: &Gguf) -> Option<Map<String, Json>> {
+    if !is_adapter(gguf).is_ok_and(|is| is) {
+        return None;
+    }
+    let second = |t: &&gguf::Tensor| t.name.ends_with(HALVES[1]);
+    let second: Vec<_> = gguf.tensors().iter().filter(second).collect();
+    let ranks: BTreeSet<u64> = second.iter().filter_map(|t| t.dims.first().copied()).collect();
+    json!({"n_matrices": second.len(), "ranks": ranks}).as_object().cloned()
 }
 
 /// Attention of every layer as the model was trained.

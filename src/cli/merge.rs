@@ -10,7 +10,7 @@ use super::options::RunArgs;
 use super::terminal::{note, print, print_json, progress};
 use crate::bad_usage;
 use crate::error::Result;
-use crate::gguf::{self, Gguf, Writer};
+use crate::gguf::{self, Gguf, HALVES, Writer};
 use crate::measure::sweep::{Point, Sweep};
 use crate::merge::KvHead;
 use crate::model::{NORMALIZER_KEY, NewLayer};
@@ -76,6 +76,13 @@ impl Run for Merge {
             true => model.stock(layers, round)?,
             false => model.rewritten(&layers, round)?,
         };
+        let apart = gguf.adapters.iter().map(|(adapter, _)| adapter.tensors().len() / HALVES.len());
+        if let n @ 1.. = apart.sum::<usize>() {
+            bad_usage!(
+                "--lora: it changes {n} tensors that the form does not write anew, and a file has no place \
+                 for that; allowed for those of attention in layers that are rewritten"
+            );
+        }
         let mut writer = Writer::new();
         writer.copy_metadata(&gguf)?;
         if !norms.is_empty() {

@@ -1,6 +1,6 @@
 //! Options that commands share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::builder::PossibleValue;
@@ -19,7 +19,7 @@ use crate::measure::quality::{Base, MAX_BASE_BYTES, Windows};
 use crate::measure::timing::shapes;
 use crate::measure::{forms, grams_file};
 use crate::merge::{self, Grams};
-use crate::model::{Model, NewLayer};
+use crate::model::{self, Model, NewLayer};
 use crate::plan::{LayerPlan, Plan, PlanFile};
 use crate::session::{Options, Session};
 use crate::simd::{self, Level};
@@ -35,13 +35,22 @@ const SHIPPED_NAME: &str = "books-6m-q8_0.gguf (built in)";
 const FORM_WINDOW: usize = 512;
 
 #[derive(Args)]
-pub(super) struct ModelArgs {
+pub(super) struct FileArgs {
     /// GGUF file of the model; of a split one, any part [default: the small one built in]
     #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
 }
 
-impl ModelArgs {
+#[derive(Args)]
+pub(super) struct ModelArgs {
+    #[command(flatten)]
+    file: FileArgs,
+    /// GGUF file of a LoRA adapter, and what its effect is multiplied with; may be given again
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    lora: Vec<String>,
+}
+
+impl FileArgs {
     /// The file, without a look at what kind of model it is.
     pub(super) fn gguf(&self) -> Result<Gguf> {
         match &self.model {
@@ -50,23 +59,9 @@ impl ModelArgs {
         }
     }
 
-    /// The model as it was trained.
-    pub(super) fn open(&self) -> Result<Model> {
-        Model::from_gguf(self.gguf()?).map_err(|e| self.at(e))
-    }
-
     /// The file's name in reports.
     pub(super) fn name(&self) -> String {
         self.model.as_ref().map_or(SHIPPED_NAME.into(), |p| p.to_string_lossy().into_owned())
-    }
-
-    /// Has the system forget what it holds of the file in memory.
-    pub(super) fn evict(&self) -> Result<()> {
-        let Some(path) = &self.model else { bad_usage!("--cold: the built-in model has no file") };
-        if Gguf::open(path)?.u32("split.count")?.is_some_and(|n| n > 1) {
-            bad_usage!("--cold: the model is split into several files");
-        }
-        evict(path)
     }
 
     /// Names the file in an error about its content.
@@ -76,9 +71,71 @@ impl ModelArgs {
             None => error,
         }
     }
+}
+
+impl ModelArgs {
+    /// The file with the adapters beside it, without a look at what kind of model it is.
+    pub(super) fn gguf(&self) -> Result<Gguf> {
+        self.adapted(self.file.gguf()?)
+    }
+
+    /// A model's file with the adapters that were asked for beside it.
+    pub(super) fn adapted(&self, mut gguf: Gguf) -> Result<Gguf> {
+        for text in &self.lora {
+            let (path, scale) = scaled(text)?;
+            gguf = model::adapted(gguf, Gguf::open(path)?, scale).map_err(|e| e.at(path))?;
+        }
+        Ok(gguf)
+    }
+
+    /// The model as it was trained.
+    pub(super) fn open(&self) -> Result<Model> {
+        Model::from_gguf(self.gguf()?).map_err(|e| self.at(e))
+    }
+
+    /// The names of the file and of adapters in reports.
+    pub(super) fn name(&self) -> String {
+        self.with_adapters(self.file.name())
+    }
+
+    /// A model's name with those of adapters.
+    pub(super) fn with_adapters(&self, name: String) -> String {
+        self.lora.iter().fold(name, |name, lora| format!("{name} + {lora}"))
+    }
+
+    /// Has the system forget what it holds of the file in memory.
+    pub(super) fn evict(&self) -> Result<()> {
+        let Some(path) = &self.file.model else {
+            bad_usage!("--cold: the built-in model has no file")
+        };
+        if Gguf::open(path)?.u32("split.count")?.is_some_and(|n| n > 1) {
+            bad_usage!("--cold: the model is split into several files");
+        }
+        evict(path)
+    }
+
+    /// Names the file in an error about its content.
+    pub(super) fn at(&self, error: Error) -> Error {
+        self.file.at(error)
+    }
 
     pub(super) fn is_shipped(&self) -> bool {
-        self.model.is_none()
+        self.file.model.is_none()
+    }
+}
+
+/// The file of an adapter and what its effect is multiplied with, from `FILE[:SCALE]`. Names may have
+/// colons.
+fn scaled(text: &str) -> Result<(&Path, f32)> {
+    let whole = Path::new(text);
+    let Some((path, scale)) = text.rsplit_once(':').filter(|_| !whole.exists()) else {
+        return Ok((whole, 1.0));
+    };
+    let path = Path::new(path);
+    match scale.parse::<f32>() {
+        Ok(scale) if scale.is_finite() => Ok((path, scale)),
+        Err(_) if !path.exists() => Ok((whole, 1.0)),
+        _ => bad_usage!("--lora {text}: scale \"{scale}\"; a finite number is needed"),
     }
 }
 

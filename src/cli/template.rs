@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::Value;
 
 use super::Run;
-use super::options::ModelArgs;
+use super::options::FileArgs;
 use super::terminal::{print, read_text};
 use crate::bad_usage;
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ use crate::token::template::{self, Context};
 #[derive(Args)]
 pub(super) struct Template {
     #[command(flatten)]
-    model: ModelArgs,
+    model: FileArgs,
     /// A template file instead of the model's own
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::Run;
-use super::options::ModelArgs;
+use super::options::FileArgs;
 use super::terminal::{note, print, print_json, read_text};
 use crate::error::{Result, escaped};
 use crate::token::Tokenizer;
@@ -14,7 +14,7 @@ use crate::token::Tokenizer;
 #[derive(Args)]
 pub(super) struct Tokenize {
     #[command(flatten)]
-    model: ModelArgs,
+    model: FileArgs,
     /// The text [default: stdin]
     #[arg(short, long, value_name = "TEXT", conflicts_with = "file")]
     prompt: Option<String>,

@@ -6,6 +6,7 @@
 
 use super::ffn::ffn_rows;
 use super::forward::{Buffers, Pass, products, rows_per_task};
+use super::lora::{give_back, lower};
 use super::rows::Rows;
 use super::threads::Columns;
 use super::weights::ExpertMatrices;
@@ -64,36 +65,48 @@ impl Buffers {
             group.up.resize(group.tokens.len(), n_ff);
             group.gate.resize(group.tokens.len() * n_ff, 0.0);
         }
+        let mut n_low = 0;
         let parts: Vec<_> = groups
             .iter_mut()
             .map(|group| {
                 let w = &w.all[group.expert];
                 let x = if group.tokens.len() == n { normed.view() } else { group.x.view() };
-                (w, x, Columns::new(&mut group.gate, n_ff), group.up.parts(w.down.copies))
+                let first = n_low;
+                n_low += w.readers().map(|w| x.n * w.rank()).sum::<usize>();
+                (w, x, first, Columns::new(&mut group.gate, n_ff), group.up.parts(w.down.copies))
             })
             .collect();
+        let readers = parts.iter().flat_map(|(w, x, ..)| w.readers().map(move |w| (w, *x)));
+        let low = lower(pass.crew, readers, threads);
         let n_rows = rows_per_task(pass.crew, n_ff * n_groups).next_multiple_of(32);
         let n_tasks = n_ff.div_ceil(n_rows);
         pass.crew.each_with(threads, n_groups * n_tasks, |own, task| {
-            let (w, x, gate, up) = &parts[task / n_tasks];
+            let (w, x, first, gate, up) = &parts[task / n_tasks];
             let start = task % n_tasks * n_rows;
             let rows = (start, n_rows.min(n_ff - start));
             // SAFETY: tasks have rows of their own.
-            unsafe { ffn_rows(pass, w, rows, x, &mut own.scratch, (*gate, up)) };
+            unsafe {
+                ffn_rows(pass, w, rows, (x, &low[*first..]), &mut own.scratch, (*gate, up));
+            }
         });
         drop(parts);
+        give_back(threads, low);
         let (x, groups) = (Columns::new(x, n_embd), &*groups);
+        let readers = groups.iter().map(|group| (&w.all[group.expert].down, group.up.view()));
+        let low = lower(pass.crew, readers, threads);
         let n_rows = rows_per_task(pass.crew, n_embd);
         pass.crew.each_with(threads, n_embd.div_ceil(n_rows), |own, task| {
             let start = task * n_rows;
             let len = n_rows.min(n_embd - start);
+            let mut rest = &low[..];
             for group in groups {
                 own.out.resize(group.tokens.len() * len, 0.0);
                 let out = Columns::new(&mut own.out, len);
                 let down = &w.all[group.expert].down;
+                let made = down.lowered(&group.up.view(), &mut rest);
                 // SAFETY: the output is this thread's own, and tasks have elements of their own.
                 unsafe {
-                    down.multiply((start, len), &group.up.view(), &mut own.scratch, out, 0);
+                    down.multiply((start, len), &made, &mut own.scratch, out, 0);
                     for ((t, weight), made) in group.tokens.iter().zip(own.out.chunks_exact(len)) {
                         let x = x.part(*t, start, len);
                         simd::add_scaled(x, hp.residual_scale * weight, made);
@@ -101,6 +114,7 @@ impl Buffers {
                 }
             }
         });
+        give_back(threads, low);
     }
 }
 

@@ -3,6 +3,7 @@
 
 use super::forward::{Buffers, Pass, rows_per_task};
 use super::kernels::{Activations, Scratch};
+use super::lora::{give_back, lower};
 use super::ops::{activate, activate_product};
 use super::rows::Parts;
 use super::threads::Columns;
@@ -17,17 +18,20 @@ impl Buffers {
         gate.resize(if w.gate.is_some() { n * n_ff } else { 0 }, 0.0);
         let x = normed.view();
         let (gate, up) = (Columns::new(gate, n_ff), up.parts(w.down.copies));
+        let low = lower(pass.crew, w.readers().map(|w| (w, x)), threads);
         let n_rows = rows_per_task(pass.crew, n_ff).next_multiple_of(32);
         pass.crew.each_with(threads, n_ff.div_ceil(n_rows), |own, task| {
             let start = task * n_rows;
             let len = n_rows.min(n_ff - start);
             // SAFETY: tasks have rows of their own.
-            unsafe { ffn_rows(pass, w, (start, len), &x, &mut own.scratch, (gate, &up)) };
+            unsafe { ffn_rows(pass, w, (start, len), (&x, &low), &mut own.scratch, (gate, &up)) };
         });
+        give_back(threads, low);
     }
 }
 
 /// Elements of the activated product of an FFN's gate and what it is multiplied with, for all tokens.
+/// `low`: what [`lower`] makes of `x`.
 ///
 /// # Safety
 /// Nobody else uses those elements meanwhile.
@@ -35,16 +39,17 @@ pub(super) unsafe fn ffn_rows(
     pass: &Pass,
     w: &FfnMatrices,
     (start, len): (usize, usize),
-    x: &Activations,
+    (x, mut low): (&Activations, &[f32]),
     scratch: &mut Scratch,
     (gate, up): (Columns<f32>, &Parts),
 ) {
     let activation = pass.model.hparams.activation;
     // SAFETY: the caller's promise.
     unsafe {
-        w.up.multiply((start, len), x, scratch, up.floats, start);
+        let x_up = w.up.lowered(x, &mut low);
+        w.up.multiply((start, len), &x_up, scratch, up.floats, start);
         if let Some(w) = &w.gate {
-            w.multiply((start, len), x, scratch, gate, start);
+            w.multiply((start, len), &w.lowered(x, &mut low), scratch, gate, start);
         }
         for t in 0..x.n {
             let up = up.floats.part(t, start, len);

@@ -8,6 +8,7 @@ use super::attend::MixBuffers;
 use super::experts::ExpertBuffers;
 use super::kernels::{Activations, Copies, LANES, Scratch};
 use super::latent::{LatentBuffers, Tiles};
+use super::lora::{give_back, lower};
 use super::observe::Observer;
 use super::ops::{Rotation, Rotations, norm_row, norm_with};
 use super::rows::Rows;
@@ -75,6 +76,8 @@ pub(super) struct ThreadBuffers {
     pub(super) mix: MixBuffers,
     pub(super) out: Vec<f32>,
     pub(super) tiles: Tiles,
+    /// Of the first thread: what first halves of adapters make of an input.
+    pub(super) low: Vec<f32>,
 }
 
 /// What is asked of a token.
@@ -138,7 +141,7 @@ impl Engine {
 
     /// Products of weights and activations that a token needs.
     pub fn n_products(&self) -> usize {
-        self.matrices.all().map(|m| m.n_in * m.n_out).sum()
+        self.matrices.all().map(Matrix::n_products).sum()
     }
 
     /// Runs `tokens` at the positions from `n_past` on, which must fit the cache, and appends to
@@ -252,13 +255,13 @@ impl Buffers {
         }
         for (i, (x, token)) in self.x.chunks_exact_mut(hp.n_embd).zip(tokens).enumerate() {
             let embd = &pass.model.token_embd;
-            embd.format.dequantize(embd.row(*token as usize), x);
+            embd.dequantize_row(*token as usize, x);
             simd::scale(x, hp.embedding_scale);
             if let Some(embd) = &pass.model.type_embd {
                 simd::add(x, embd);
             }
             if let Some(embd) = &pass.model.position_embd {
-                embd.format.dequantize(embd.row(pass.n_past + i), &mut self.added);
+                embd.dequantize_row(pass.n_past + i, &mut self.added);
                 simd::add(x, &self.added);
             }
             if let Some(norm) = &pass.model.embedding_norm {
@@ -490,6 +493,8 @@ impl Buffers {
             Source::Heads => heads.view(),
             Source::Up => up.view(),
         };
+        let low = lower(pass.crew, [(w, input)].into_iter(), threads);
+        let input = w.lowered(&input, &mut &low[..]);
         let (x, added) = (Columns::new(x, n_embd), Columns::new(added, n_embd));
         let n_rows = rows_per_task(pass.crew, n_embd);
         pass.crew.each_with(threads, n_embd.div_ceil(n_rows), |own, task| {
@@ -504,6 +509,7 @@ impl Buffers {
                 }
             }
         });
+        give_back(threads, low);
         if let Some(weight) = post {
             pass.crew.each(n, |_, t| {
                 // SAFETY: tasks have tokens of their own.
@@ -576,19 +582,23 @@ pub(super) fn products(
     let total: usize = outs.iter().map(|(w, _)| w.n_out).sum();
     let n_rows = rows_per_task(crew, total);
     let n_tasks: usize = outs.iter().map(|(w, _)| w.n_out.div_ceil(n_rows)).sum();
+    let low = lower(crew, outs.iter().map(|(w, _)| (*w, *x)), threads);
     crew.each_with(threads, n_tasks, |own, mut task| {
+        let mut rest = &low[..];
         for (w, out) in outs {
+            let x = w.lowered(x, &mut rest);
             let n_here = w.n_out.div_ceil(n_rows);
             if task < n_here {
                 let start = task * n_rows;
                 let n = n_rows.min(w.n_out - start);
                 // SAFETY: tasks have rows of their own.
                 unsafe {
-                    w.multiply((start, n), x, &mut own.scratch, *out, start);
+                    w.multiply((start, n), &x, &mut own.scratch, *out, start);
                 }
                 return;
             }
             task -= n_here;
         }
     });
+    give_back(threads, low);
 }

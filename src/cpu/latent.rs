@@ -236,7 +236,7 @@ impl Buffers {
             let heads = kv * g.per_kv()..(kv + 1) * g.per_kv();
             let n_made = g.kv[kv].score_dim - n_rotated;
             for i in 0..n_made {
-                keys.weight.format.dequantize(keys.weight.row(kv * n_made + i), row);
+                keys.weight.dequantize_row(kv * n_made + i, row);
                 for head in heads.clone() {
                     // SAFETY: tasks have heads of their own.
                     let out = unsafe { absorbed.part(head, 0, rank) };

@@ -12,6 +12,7 @@ mod forward;
 pub mod kernels;
 mod latent;
 mod limits;
+mod lora;
 mod observe;
 mod ops;
 mod rows;

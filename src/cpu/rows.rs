@@ -102,6 +102,7 @@ impl Rows {
             sums16: &self.sums16,
             sums32: &self.sums32,
             pairs: &self.pairs,
+            low: &[],
         }
     }
 }

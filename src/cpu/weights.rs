@@ -7,6 +7,7 @@ use memmap2::MmapMut;
 use rayon::prelude::*;
 
 use super::kernels::{Activations, Copies, LANES, LAYOUTS, Panels, Scratch, layout_of, multiply};
+use super::lora::LoraMatrix;
 use super::threads::{Columns, Team};
 use crate::error::{Error, Result};
 use crate::model::{Ffn, Layer, Linear, Model, Weight};
@@ -15,7 +16,7 @@ use crate::simd;
 /// Bytes at which every packed matrix begins, for whole vectors.
 const ALIGNMENT: usize = 64;
 
-/// A matrix with its bias, ready to multiply.
+/// A matrix with its bias and its adapters, ready to multiply.
 pub(super) struct Matrix {
     /// Elements of a row.
     pub(super) n_in: usize,
@@ -24,6 +25,7 @@ pub(super) struct Matrix {
     /// The copies of activations that it is multiplied with.
     pub(super) copies: Copies,
     pub(super) bias: Option<Vec<f32>>,
+    pub(super) lora: Option<Box<LoraMatrix>>,
     place: Place,
 }
 
@@ -141,7 +143,8 @@ impl Matrices {
                 Place::Packed { layout, .. } if !exact => Copies::of(layout),
                 _ => Copies::default(),
             };
-            Matrix { n_in: w.n_in, n_out: w.n_out, copies, bias: bias.cloned(), place }
+            let lora = LoraMatrix::of(w);
+            Matrix { n_in: w.n_in, n_out: w.n_out, copies, bias: bias.cloned(), lora, place }
         };
         let mut linear = |l: &Linear| matrix(&l.weight, l.bias.as_ref());
         // In the order of `linears`.
@@ -217,7 +220,12 @@ impl FfnMatrices {
     }
 
     fn all(&self) -> impl Iterator<Item = &Matrix> {
-        self.gate.iter().chain([&self.up, &self.down])
+        self.readers().chain([&self.down])
+    }
+
+    /// Those that read its input.
+    pub(super) fn readers(&self) -> impl Iterator<Item = &Matrix> + Clone {
+        [&self.up].into_iter().chain(&self.gate)
     }
 }
 
@@ -233,20 +241,27 @@ impl Matrix {
             Place::Mapped { layout, .. } if !exact => Copies::of(layout),
             _ => Copies::default(),
         };
-        Matrix { n_in: w.n_in, n_out: w.n_out, copies, bias: l.bias.clone(), place }
+        let lora = LoraMatrix::of(w);
+        Matrix { n_in: w.n_in, n_out: w.n_out, copies, bias: l.bias.clone(), lora, place }
     }
 
-    /// Bytes of its elements.
+    /// Bytes of its elements, and of its adapters.
     pub(super) fn n_bytes(&self) -> usize {
-        match &self.place {
+        let own = match &self.place {
             Place::Packed { stride, .. } => self.n_out.div_ceil(LANES) * stride,
             Place::File(w) | Place::Mapped { weight: w, .. } => {
                 w.format.row_bytes(w.n_in) * w.n_out
             }
-        }
+        };
+        own + self.lora.as_ref().map_or(0, |lora| lora.n_bytes())
     }
 
-    /// `out[t][start..] = x W^T + b` for `n_rows` rows from `row` on, a multiple of [`LANES`].
+    /// Products that a token needs.
+    pub(super) fn n_products(&self) -> usize {
+        self.n_in * self.n_out + self.rank() * (self.n_in + self.n_out)
+    }
+
+    /// `out[t][start..] = x W^T + b`, with adapters added to `W`, for `n_rows` rows from `row` on, a multiple of [`LANES`].
     ///
     /// # Safety
     /// Nobody else uses those parts of `out` meanwhile.
@@ -307,6 +322,10 @@ impl Matrix {
                 // SAFETY: the caller's promise.
                 simd::add(unsafe { out.part(t, start, n_rows) }, &bias[row..row + n_rows]);
             }
+        }
+        if let Some(lora) = &self.lora {
+            // SAFETY: the caller's promise.
+            unsafe { lora.add((row, n_rows), x, scratch, out, start) };
         }
     }
 }

@@ -11,7 +11,7 @@ mod value;
 mod write;
 
 pub use bytes::{Bytes, evict};
-pub use read::{Gguf, Tensor};
+pub use read::{Gguf, HALVES, Tensor};
 pub use value::{Array, Value, ValueType};
 pub use write::{Data, Sink, Source, Writer, replace_file};
 

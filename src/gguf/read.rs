@@ -20,6 +20,9 @@ use crate::quant::{self, Type};
 /// times as large as in the file, so the bytes that are left do not bound it well enough.
 const MAX_COUNT: u64 = 1 << 17;
 
+/// What ends the names of the two tensors that are an adapter of a third.
+pub const HALVES: [&str; 2] = [".lora_a", ".lora_b"];
+
 /// An open GGUF file, all its parts together: typed metadata and the table of tensors. Clones share the
 /// data.
 #[derive(Clone)]
@@ -28,6 +31,9 @@ pub struct Gguf {
     pub version: u32,
     /// Things worth telling that do not prevent use.
     pub warnings: Vec<String>,
+    /// Files of adapters of these tensors, which come in pairs named as a tensor with [`HALVES`] at the
+    /// end, each with a factor.
+    pub adapters: Vec<(Gguf, f32)>,
     parts: Vec<Bytes>,
     entries: Vec<Entry>,
     by_key: HashMap<String, usize>,
@@ -95,6 +101,7 @@ impl Gguf {
         let mut gguf = Gguf {
             version: 0,
             warnings: Vec::new(),
+            adapters: Vec::new(),
             parts: vec![bytes.clone()],
             entries: Vec::new(),
             by_key: HashMap::new(),
@@ -156,8 +163,17 @@ impl Gguf {
     }
 
     /// This file with the metadata of another one in place of its own, and that one's tensors in place
-    /// of those of the same name, or after the last. Nothing is copied.
+    /// of those of the same name, or after the last. Nothing is copied. What replaces a tensor has been
+    /// made with the adapters of that.
     pub fn overlaid(&self, mut over: Gguf) -> Gguf {
+        let stem = |name: &str| {
+            HALVES
+                .iter()
+                .find_map(|half| name.strip_suffix(half))
+                .is_some_and(|stem| over.by_name.contains_key(stem))
+        };
+        let rest = |(a, factor): &(Gguf, f32)| (a.without(|name| stem(name)), *factor);
+        over.adapters = self.adapters.iter().map(rest).collect();
         let shift = over.parts.len();
         over.parts.extend(self.parts.iter().cloned());
         let mut tensors = Vec::new();
@@ -175,6 +191,14 @@ impl Gguf {
         over.version = self.version;
         over.origin = Some(self.hash());
         over
+    }
+
+    /// The same without some of its tensors.
+    fn without(&self, is_gone: impl Fn(&str) -> bool) -> Gguf {
+        let tensors: Vec<Tensor> =
+            self.tensors.iter().filter(|t| !is_gone(&t.name)).cloned().collect();
+        let by_name = tensors.iter().map(|t| t.name.clone()).zip(0..).collect();
+        Gguf { tensors, by_name, ..self.clone() }
     }
 
     fn read_entry(&mut self, at: &mut Cursor) -> Result<()> {
@@ -322,8 +346,8 @@ impl Gguf {
     }
 
     /// A number for the weights, in hexadecimal: SHA-256, cut to 128 bits, of the names, types, shapes
-    /// and both ends of all tensors. Reads two pages of each. What was made of a file in memory has the
-    /// number of the file.
+    /// and both ends of all tensors, with those of adapters. Reads two pages of each. What was made of a
+    /// file in memory has the number of the file.
     pub fn hash(&self) -> String {
         if let Some(origin) = &self.origin {
             return origin.clone();
@@ -335,6 +359,9 @@ impl Gguf {
             let data = self.data(tensor);
             hash.update(&data[..data.len().min(END)]);
             hash.update(&data[data.len().saturating_sub(END)..]);
+        }
+        for (adapter, factor) in &self.adapters {
+            hash.update(format!("{} {factor};", adapter.hash()));
         }
         hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
     }

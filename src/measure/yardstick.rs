@@ -55,5 +55,7 @@ pub fn requantized(gguf: &Gguf, format: &'static Format) -> Result<Gguf> {
         });
         writer.tensor(&tensor.name, format.ty, &tensor.dims, rows)?;
     }
-    Gguf::parse(Bytes::from(writer.to_bytes()?))
+    let mut rounded = Gguf::parse(Bytes::from(writer.to_bytes()?))?;
+    rounded.adapters.clone_from(&gguf.adapters);
+    Ok(rounded)
 }

@@ -63,7 +63,7 @@ impl Binder<'_> {
         let w = self.matrix(name, n_in, n_out)?;
         let mut all = vec![0.0; n_in * n_out];
         for (i, row) in all.chunks_exact_mut(n_in).enumerate() {
-            w.format.dequantize(w.row(i), row);
+            w.dequantize_row(i, row);
         }
         Ok(all)
     }

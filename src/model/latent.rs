@@ -1,6 +1,6 @@
 //! Matrices of attention whose keys and values are made of a latent.
 
-use super::{Binder, LatentLayer, Linear, Weight};
+use super::{Binder, LatentLayer, Linear, Lora, Weight};
 use crate::arch::{Bias, Hparams, Latent, LayerHparams};
 use crate::error::{Error, Result};
 use crate::gguf::Bytes;
@@ -47,6 +47,8 @@ impl Binder<'_> {
             true => {
                 let k = self.shaped(&at("attn_k_b.weight"), &[made, latent.rank, n])?;
                 let v = self.shaped(&at("attn_v_b.weight"), &[latent.rank, value_dim, n])?;
+                // Of many matrices side by side only floats can have their adapters added to them.
+                let v = if v.loras.is_empty() { v } else { v.turned(n)?.turned(n)? };
                 [k.turned(n)?, v]
             }
         };
@@ -57,18 +59,20 @@ impl Binder<'_> {
 
 impl Weight {
     /// Some of its rows, copied.
-    fn picked(&self, rows: impl Iterator<Item = usize>) -> Weight {
+    fn picked(&self, rows: impl Iterator<Item = usize> + Clone) -> Weight {
+        let lora = |lora: &Lora| Lora { up: lora.up.picked(rows.clone()), ..lora.clone() };
+        let loras = self.loras.iter().map(lora).collect();
         let (mut bytes, mut n_out) = (Vec::new(), 0);
-        for i in rows {
+        for i in rows.clone() {
             bytes.extend_from_slice(self.row(i));
             n_out += 1;
         }
-        Weight { n_out, bytes: Bytes::from(bytes), ..self.clone() }
+        Weight { n_out, bytes: Bytes::from(bytes), loras, ..self.clone() }
     }
 
     /// The transposes of `n` matrices that lie one after the other, as floats, in which nothing is
-    /// rounded.
-    fn turned(&self, n: usize) -> Result<Weight> {
+    /// rounded, with what is added to them.
+    pub(super) fn turned(&self, n: usize) -> Result<Weight> {
         let Some(format) = quant::format_named("F32") else {
             return Err(Error::Runtime("no format of floats".into()));
         };
@@ -76,13 +80,13 @@ impl Weight {
         let mut bytes = vec![0; 4 * self.n_in * self.n_out];
         let mut row = vec![0.0; n_in];
         for r in 0..self.n_out {
-            self.format.dequantize(self.row(r), &mut row);
+            self.dequantize_row(r, &mut row);
             let (matrix, column) = (r / n_out, r % n_out);
             for (i, x) in row.iter().enumerate() {
                 let at = 4 * ((matrix * n_in + i) * n_out + column);
                 bytes[at..at + 4].copy_from_slice(&x.to_le_bytes());
             }
         }
-        Ok(Weight { format, n_in: n_out, n_out: n * n_in, bytes: Bytes::from(bytes) })
+        Ok(Weight::new(format, [n_out, n * n_in], Bytes::from(bytes)))
     }
 }

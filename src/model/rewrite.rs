@@ -19,12 +19,12 @@ pub struct NewLayer {
 }
 
 impl Linear {
-    /// Its numbers.
+    /// Its numbers, with what is added to them.
     fn dense(&self) -> Dense {
         let w = &self.weight;
         let mut data = vec![0.0; w.n_in * w.n_out];
         for (i, out) in data.chunks_exact_mut(w.n_in).enumerate() {
-            w.format.dequantize(w.row(i), out);
+            w.dequantize_row(i, out);
         }
         Dense { n_in: w.n_in, data, bias: self.bias.clone() }
     }
@@ -33,7 +33,7 @@ impl Linear {
     fn of(numbers: &Dense, format: &'static Format) -> Linear {
         let (n_in, n_out) = (numbers.n_in, numbers.data.len() / numbers.n_in);
         let bytes = Bytes::from(rows(numbers, format));
-        Linear { weight: Weight { format, n_in, n_out, bytes }, bias: numbers.bias.clone() }
+        Linear { weight: Weight::new(format, [n_in, n_out], bytes), bias: numbers.bias.clone() }
     }
 }
 

@@ -42,7 +42,7 @@ fn swapped() -> Vec<Golden> {
     })
 }
 
-fn records(file: &str, model: impl Fn(&str) -> Model) -> Vec<Golden> {
+pub fn records(file: &str, model: impl Fn(&str) -> Model) -> Vec<Golden> {
     let file = std::fs::read(Path::new(FOLDER).join(file)).unwrap();
     let mut rest = &file[..];
     let mut take = |n: usize| {
@@ -98,7 +98,7 @@ impl Golden {
     }
 
     /// Feeds the tokens from the session's end on, `n` at a time, and returns all their logits.
-    fn feed(&self, session: &mut Session, n: usize) -> Vec<f32> {
+    pub fn feed(&self, session: &mut Session, n: usize) -> Vec<f32> {
         let mut logits = Vec::new();
         for tokens in self.tokens[session.tokens().len()..].chunks(n) {
             logits.extend_from_slice(session.feed_wanting(tokens, 0..tokens.len()).unwrap());
@@ -107,7 +107,7 @@ impl Golden {
     }
 
     /// KL divergence from the golden logits and their largest error, the worst of all positions.
-    fn distance(&self, logits: &[f32]) -> [f64; 2] {
+    pub fn distance(&self, logits: &[f32]) -> [f64; 2] {
         let n_vocab = self.model.hparams.n_vocab;
         let mut worst = [0.0f64; 2];
         for (golden, position) in self.logits.chunks(n_vocab).zip(&self.positions) {

@@ -20,6 +20,7 @@ mod families;
 mod forms;
 mod golden;
 mod layers;
+mod lora;
 mod lowrank;
 mod masks;
 mod mutations;

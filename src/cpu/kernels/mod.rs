@@ -99,6 +99,8 @@ pub struct Activations<'a> {
     /// BF16, two elements in a word; without them, BF16 weights are multiplied with `floats`.
     /// `[n, stride / 2]`
     pub pairs: &'a [u32],
+    /// What the first half of a matrix's adapters makes of them, if that is known. `[n, rank]`
+    pub low: &'a [f32],
 }
 
 /// Rows of a tile among `n` rows of activations.
@@ -322,6 +324,7 @@ mod tests {
             sums16: &x.sums16,
             sums32: &x.sums32,
             pairs: &x.pairs,
+            low: &[],
         };
         let mut out = vec![f32::NAN; x.n * panels.n_rows];
         let columns = Columns::new(&mut out, panels.n_rows);

@@ -124,7 +124,7 @@ pub fn matches(
         let last = (first + BLOCK).min(w.n_out);
         let mut rows = vec![0.0f32; (last - first) * w.n_in];
         for (token, row) in (first..last).zip(rows.chunks_exact_mut(w.n_in)) {
-            w.format.dequantize(w.row(token), row);
+            w.dequantize_row(token, row);
             if side == Side::Embedding {
                 unit(model, row);
             }
