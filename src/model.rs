@@ -101,6 +101,8 @@ pub struct Ffn {
     pub up: Linear,
     /// `[n_embd, n_ff]`
     pub down: Linear,
+    /// Where a token says how much of it is added: scores that. `[1, n_embd]`
+    pub share: Option<Linear>,
 }
 
 /// The experts of a layer.

@@ -40,6 +40,7 @@ pub(super) fn decoder(keys: &Keys, kind: NormKind, pairing: Option<Pairing>) -> 
         token_types: None,
         max_alibi_bias: None,
         temperature: None,
+        qkv_limit: None,
         latent: None,
         ropes: rope.into_iter().collect(),
         rope_freqs: false,

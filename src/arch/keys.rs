@@ -84,6 +84,14 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// A finite float above zero that may be absent, or 0 for the same.
+    pub fn not_negative_or_none(&self, key: &str) -> Result<Option<f32>> {
+        match self.gguf.f32(&self.name(key))? {
+            Some(0.0) => Ok(None),
+            _ => self.positive_or_none(key),
+        }
+    }
+
     /// A finite float above zero that must be there.
     pub fn positive(&self, key: &str) -> Result<f32> {
         match self.positive_or_none(key)? {
@@ -271,6 +279,7 @@ impl<'a> Keys<'a> {
             scale: self.positive_or_none("expert_weights_scale")?.unwrap_or(1.0),
             groups: (groups > 1).then(|| (groups, groups_used.unwrap_or(groups).max(1))),
             bias: Bias::Never,
+            shared_gate: false,
         }))
     }
 
@@ -307,6 +316,10 @@ impl<'a> Keys<'a> {
                 beta_fast: self.positive_or_none("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
                 beta_slow: self.positive_or_none("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
             }),
+            Some("dynamic") => bad_file!(
+                "key \"{name}\" = \"dynamic\": frequencies that change with the length of a text, when \
+                 keys are cached rotated; allowed none, linear, yarn, longrope"
+            ),
             Some(other) => bad_file!(
                 "key \"{name}\" = \"{}\"; allowed none, linear, yarn, longrope",
                 crate::error::excerpt(other)

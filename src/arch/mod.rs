@@ -21,11 +21,13 @@ mod internlm2;
 mod keys;
 mod llama;
 mod mistral3;
+mod mpt;
 mod nomic_bert;
 mod olmo2;
 mod olmoe;
 mod phi3;
 mod qwen2;
+mod qwen2moe;
 mod qwen3;
 mod qwen3moe;
 pub mod rewritten;
@@ -54,6 +56,7 @@ pub static ARCHS: &[Arch] = &[
     qwen2::ARCH,
     qwen3::ARCH,
     qwen3moe::ARCH,
+    qwen2moe::ARCH,
     gemma2::ARCH,
     gemma3::ARCH,
     phi3::ARCH,
@@ -75,6 +78,7 @@ pub static ARCHS: &[Arch] = &[
     gptneox::ARCH,
     gpt2::ARCH,
     bloom::ARCH,
+    mpt::ARCH,
     bert::ARCH,
     nomic_bert::ARCH,
 ];
@@ -136,6 +140,8 @@ pub struct Hparams {
     pub max_alibi_bias: Option<f32>,
     /// Growth of scores with the query's position.
     pub temperature: Option<Temperature>,
+    /// What queries, keys and values are kept between, this and its negative, before anything else.
+    pub qkv_limit: Option<f32>,
     /// Where keys and values are made in two steps.
     pub latent: Option<Latent>,
     /// Rotations of queries and keys, which layers choose from; all pair and rotate the same elements.
@@ -314,6 +320,9 @@ pub struct Experts {
     pub groups: Option<(usize, usize)>,
     /// Bias of their matrices, and of what scores them.
     pub bias: Bias,
+    /// Whether what all tokens go through beside them is multiplied with `1 / (1 + exp(-score))` of the
+    /// token: `ffn_gate_inp_shexp`.
+    pub shared_gate: bool,
 }
 
 /// What scores of experts become weights by.

@@ -4,7 +4,7 @@ use super::*;
 
 pub(super) const ARCH: Arch = Arch { name: "qwen2", read };
 
-fn read(keys: &Keys) -> Result<Hparams> {
+pub(super) fn read(keys: &Keys) -> Result<Hparams> {
     Ok(Hparams {
         qkv_bias: Bias::Required,
         attn_output_bias: Bias::Never,

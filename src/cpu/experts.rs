@@ -86,7 +86,7 @@ impl Buffers {
             let rows = (start, n_rows.min(n_ff - start));
             // SAFETY: tasks have rows of their own.
             unsafe {
-                ffn_rows(pass, w, rows, (x, &low[*first..]), &mut own.scratch, (*gate, up));
+                ffn_rows(pass, w, rows, (x, &low[*first..], &[]), &mut own.scratch, (*gate, up));
             }
         });
         drop(parts);
@@ -201,6 +201,7 @@ mod tests {
         scale: 1.0,
         groups: None,
         bias: Bias::Never,
+        shared_gate: false,
     };
 
     fn choose(experts: Experts, preference: Option<&[f32]>, scores: [f32; 6]) -> Vec<(usize, f32)> {

@@ -56,6 +56,8 @@ pub(super) struct Buffers {
     /// `[n, n_ff]`
     pub(super) gate: Vec<f32>,
     pub(super) up: Rows,
+    /// How much each token takes of an FFN. `[n]`
+    pub(super) shares: Vec<f32>,
     /// Cosines and sines, for each of the model's rotations. `[n]`, each `[rope.dim / 2]`
     angles: Vec<Vec<Vec<[f32; 2]>>>,
     /// Where tokens go through experts.
@@ -321,6 +323,13 @@ impl Buffers {
         match layer.latent.as_ref().zip(hp.latent.as_ref()) {
             Some(latent) => self.project_latent(pass, (i, kept), latent, n),
             None => self.project(pass, w, (i, kept), n),
+        }
+        if let Some(limit) = hp.qkv_limit {
+            for x in [&mut self.q, &mut self.k, &mut self.v] {
+                pass.crew.chunks(x, hp.n_embd, |_, _, x| {
+                    x.iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
+                });
+            }
         }
         self.norm_heads(pass, (i, layer));
         let before = looks.map(|_| (self.q.clone(), self.k.clone()));

@@ -55,6 +55,7 @@ pub(super) struct FfnMatrices {
     pub(super) gate: Option<Matrix>,
     pub(super) up: Matrix,
     pub(super) down: Matrix,
+    pub(super) share: Option<Matrix>,
 }
 
 /// Those of experts, which stay in the file, and what scores them.
@@ -83,7 +84,8 @@ fn linears<'a>(l: &'a Layer, map: &'a Option<Linear>) -> impl Iterator<Item = &'
     let attention = [&l.attn_q, &l.attn_k, v, &l.attn_output].into_iter();
     let latent = l.latent.iter();
     let latents = latent.flat_map(|l| l.q_a.iter().map(|(q_a, _)| q_a).chain([&l.kv_a]));
-    let ffn = l.ffn.iter().flat_map(|f| f.gate.iter().chain([&f.up, &f.down]));
+    let ffn = l.ffn.iter();
+    let ffn = ffn.flat_map(|f| f.gate.iter().chain([&f.up, &f.down]).chain(&f.share));
     attention.chain(latents).chain(ffn).chain(l.experts.iter().map(|e| &e.router))
 }
 
@@ -162,6 +164,7 @@ impl Matrices {
                     gate: f.gate.as_ref().map(&mut linear),
                     up: linear(&f.up),
                     down: linear(&f.down),
+                    share: f.share.as_ref().map(&mut linear),
                 }),
                 experts: l.experts.as_ref().map(|e| ExpertMatrices {
                     router: linear(&e.router),
@@ -211,16 +214,17 @@ impl FfnMatrices {
     /// Matrices that stay in the file.
     fn mapped(f: &Ffn, exact: bool) -> FfnMatrices {
         let mapped = |l: &Linear| Matrix::mapped(l, exact);
-        FfnMatrices { gate: f.gate.as_ref().map(mapped), up: mapped(&f.up), down: mapped(&f.down) }
+        let [gate, share] = [&f.gate, &f.share].map(|l| l.as_ref().map(mapped));
+        FfnMatrices { gate, up: mapped(&f.up), down: mapped(&f.down), share }
     }
 
     /// The copies of activations that it reads.
     pub(super) fn copies(&self) -> Copies {
-        self.gate.iter().fold(self.up.copies, |copies, w| copies | w.copies)
+        self.readers().chain(&self.share).fold(Copies::default(), |copies, w| copies | w.copies)
     }
 
     fn all(&self) -> impl Iterator<Item = &Matrix> {
-        self.readers().chain([&self.down])
+        self.readers().chain([&self.down]).chain(&self.share)
     }
 
     /// Those that read its input.

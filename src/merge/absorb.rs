@@ -6,7 +6,7 @@
 //! The cache is smaller where kv heads are wider than half the model together: half as large without
 //! grouping. Each cached element takes part in a product with every query head, twice.
 
-use super::{Choice, Form, Geometry, Kept, Site, Verdict, no_latent};
+use super::{Choice, Form, Geometry, Kept, Site, Verdict, only_products};
 use crate::arch::{Hparams, LayerHparams};
 
 pub(super) struct Absorb;
@@ -26,7 +26,7 @@ impl Form for Absorb {
     }
 
     fn applies(&self, _: &Choice, site: &Site) -> Verdict {
-        no_latent(site)?;
+        only_products(site)?;
         if site.rotates() {
             return Err(
                 "queries and keys are rotated, so an absorbed query would be another one for \

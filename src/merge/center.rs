@@ -6,7 +6,9 @@
 //! values takes itself from the output, as weights sum to 1, and comes back through the output's bias: `W_O
 //! c`. Without a text the constants are the biases, so that there are none left.
 
-use super::{Choice, Form, Geometry, Grams, Rewritten, Site, Trained, Verdict, Weights, no_latent};
+use super::{
+    Choice, Form, Geometry, Grams, Rewritten, Site, Trained, Verdict, Weights, only_products,
+};
 use crate::error::Result;
 use crate::param::{Domain, Param, param};
 
@@ -38,7 +40,7 @@ impl Form for Center {
     }
 
     fn applies(&self, _: &Choice, site: &Site) -> Verdict {
-        no_latent(site)?;
+        only_products(site)?;
         may_center(site)
     }
 

@@ -105,11 +105,15 @@ impl Site<'_> {
     }
 }
 
-/// Refuses layers whose keys and values are made of a latent.
-fn no_latent(site: &Site) -> Verdict {
+/// Refuses layers whose keys and values are made of a latent, or kept within bounds.
+fn only_products(site: &Site) -> Verdict {
     match site.hparams.latent {
         Some(_) => {
             Err("keys and values are made of a latent; forms for that are split and mla".into())
+        }
+        None if site.hparams.qkv_limit.is_some() => {
+            Err("queries, keys and values are kept within bounds; the form for that is split"
+                .into())
         }
         None => Ok(()),
     }

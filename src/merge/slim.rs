@@ -9,7 +9,7 @@ use faer::linalg::solvers::{PartialPivLu, Solve};
 use faer::{Col, Mat};
 
 use super::absorb::not_between;
-use super::{Choice, Dense, Form, Geometry, Kept, Site, Verdict, Weights, no_latent};
+use super::{Choice, Dense, Form, Geometry, Kept, Site, Verdict, Weights, only_products};
 use crate::arch::{Hparams, LayerHparams};
 use crate::param::{Domain, MAX, Param, param};
 
@@ -43,7 +43,7 @@ impl Form for Slim {
     }
 
     fn applies(&self, _: &Choice, site: &Site) -> Verdict {
-        no_latent(site)?;
+        only_products(site)?;
         let (n, dim, width) = (site.at().n_head_kv, site.hparams.key_dim, site.hparams.n_embd);
         if n * dim != width {
             return Err(format!(

@@ -28,7 +28,13 @@ impl Binder<'_> {
                 (Some(both.rows(0, n_ff)?), both.rows(n_ff, n_ff)?)
             }
         };
-        Ok(Some(Ffn { gate, up, down: linear("ffn_down", n_ff, e)? }))
+        let down = linear("ffn_down", n_ff, e)?;
+        let has_share = layer.has_experts && hp.experts.is_some_and(|e| e.shared_gate);
+        let share = match has_share {
+            true => Some(self.linear(&format!("{blk}.ffn_gate_inp_shexp"), e, 1, Bias::Never)?),
+            false => None,
+        };
+        Ok(Some(Ffn { gate, up, down, share }))
     }
 
     /// The experts of a layer.
@@ -54,8 +60,8 @@ impl Binder<'_> {
         let up = all_of("ffn_up_exps", hp.n_embd, experts.n_ff)?;
         let down = all_of("ffn_down_exps", experts.n_ff, hp.n_embd)?;
         let all = gate.into_iter().zip(up).zip(down);
-        let all = all.map(|((gate, up), down)| Ffn { gate: Some(gate), up, down }).collect();
-        Ok(ExpertLayer { router, preference, all })
+        let all = all.map(|((gate, up), down)| Ffn { gate: Some(gate), up, down, share: None });
+        Ok(ExpertLayer { router, preference, all: all.collect() })
     }
 
     /// The numbers of a matrix, row after row.

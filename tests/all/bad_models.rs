@@ -215,6 +215,8 @@ fn rules_between_keys() {
     says("wide", set("llama.rope.dimension_count", 6), &["dimension_count = 6", odd]);
     let missing = "missing key \"llama.expert_used_count\"; allowed 1..=8";
     says("experts", set("llama.expert_count", 8), &[missing]);
+    let dynamic = hparams(&all_keys().set("llama.rope.scaling.type", "dynamic"));
+    says("dynamic", dynamic, &["llama.rope.scaling.type", "length of a text"]);
     let scaling = hparams(&all_keys().set("llama.rope.scaling.type", "long\nrope"));
     says("scaling", scaling, &["= \"long\\nrope\"; allowed none, linear, yarn, longrope"]);
 

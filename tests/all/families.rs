@@ -65,7 +65,7 @@ fn can_lack(arch: &str, name: &str) -> bool {
             || name.contains(".attn_k.")
             || name.contains(".attn_v.") =>
         {
-            !["qwen2", "gpt-oss", "bert"].contains(&arch)
+            !["qwen2", "qwen2moe", "gpt-oss", "bert"].contains(&arch)
         }
         _ => !biases.contains(&arch),
     }

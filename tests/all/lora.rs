@@ -5,12 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qkov::cpu::{CacheType, Threads};
-use qkov::gguf::{Bytes, Data, Gguf, Tensor, Value, Writer};
+use qkov::gguf::{Bytes, Data, Gguf, Tensor, Value, ValueType, Writer};
 use qkov::measure::forms;
 use qkov::model::{Model, adapted};
 use qkov::quant::{format_named, format_of};
 use qkov::session::{Options, Session};
 
+use crate::cli::{error, ok};
 use crate::families::files;
 use crate::golden::records;
 
@@ -148,7 +149,7 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
 fn adapters_add_to_every_matrix_of_every_family() {
     for (name, gguf) in files() {
         let beside = adapter_for(&gguf, 3, |_| true);
-        assert!(beside.tensors().len() > 8, "{name}");
+        assert!(beside.tensors().len() >= 8, "{name}");
         let with = adapted(gguf.clone(), beside.clone(), SCALE).unwrap();
         let ours = logits(&mut session(&with, 2), 21);
         let theirs = logits(&mut session(&merged(&gguf, &[(beside, SCALE)]), 2), 21);
@@ -253,4 +254,134 @@ fn logits_are_those_of_peft() {
         println!("{}: KL {kl:.1e}, largest error {error:.1e}", g.name);
         assert!(kl < 1e-9 && error < 1e-4, "{}: {kl:e} {error:e}", g.name);
     }
+}
+
+fn refuses(case: &str, gguf: &Gguf, adapter: Gguf, scale: f32, parts: &[&str]) {
+    let Err(error) = adapted(gguf.clone(), adapter, scale) else { panic!("{case} is accepted") };
+    let text = error.to_string();
+    assert_eq!(error.exit_code(), 3, "{case}: {text}");
+    assert!(parts.iter().all(|part| text.contains(part)), "{case}: {text}");
+    assert!(!text.contains('\n'), "{case}: {text}");
+}
+
+#[test]
+fn what_is_no_adapter_for_the_model_is_told() {
+    let all = files();
+    let find = |wanted: &str| all.iter().find(|(name, _)| name == wanted).unwrap().1.clone();
+    let (gguf, tied) = (find("llama"), find("qwen2"));
+    let sound = adapter_for(&gguf, 3, |_| true);
+    assert!(adapted(gguf.clone(), sound.clone(), SCALE).is_ok());
+    refuses("a model", &gguf, gguf.clone(), 1.0, &["\"general.type\"", "expected \"adapter\""]);
+    refuses("another family", &tied, sound.clone(), 1.0, &["is \"llama\"", "expected \"qwen2\""]);
+    let Err(error) = Model::from_gguf(sound.clone()) else { panic!("an adapter is a model") };
+    assert!(error.to_string().contains("--lora"), "{error}");
+    refuses("no tensors", &gguf, parse(adapter("llama")), 1.0, &["without tensors"]);
+    let with_key = |key: &str, value: Option<Value>| {
+        let mut writer = Writer::new();
+        writer.copy_metadata(&sound).unwrap();
+        writer.remove(key);
+        if let Some(value) = value {
+            writer.set(key, value).unwrap();
+        }
+        sound.tensors().iter().for_each(|t| writer.copy_tensor(&sound, t).unwrap());
+        parse(writer)
+    };
+    let alpha = "adapter.lora.alpha";
+    for value in [f32::NAN, f32::INFINITY] {
+        refuses("alpha", &gguf, with_key(alpha, Some(Value::F32(value))), 1.0, &[alpha, "finite"]);
+    }
+    let large = with_key(alpha, Some(Value::F32(1e30)));
+    refuses("a large factor", &gguf, large, 1e30, &[alpha, "scale of 1000000"]);
+    refuses("alpha", &gguf, with_key(alpha, Some(Value::Bool(true))), 1.0, &[alpha, "float"]);
+    let other = with_key("adapter.type", Some(Value::String(b"ia3")));
+    refuses("another kind", &gguf, other, 1.0, &["adapter.type", "\"ia3\"", "\"lora\""]);
+    refuses("no kind", &gguf, with_key("adapter.type", None), 1.0, &["no key \"adapter.type\""]);
+    assert!(adapted(gguf.clone(), with_key(alpha, None), 1.0).is_ok(), "alpha may be missing");
+    let mut tokens = adapter("llama");
+    let key = "adapter.alora.invocation_tokens";
+    tokens.set_array(key, ValueType::U32, [Value::U32(1)]).unwrap();
+    refuses("after tokens", &gguf, parse(tokens), 1.0, &[key, "not supported"]);
+}
+
+#[test]
+fn adapters_that_fit_nowhere_are_told() {
+    let all = files();
+    let find = |wanted: &str| all.iter().find(|(name, _)| name == wanted).unwrap().1.clone();
+    let (gguf, tied) = (find("llama"), find("qwen2"));
+    let (q, a, b) =
+        ("blk.0.attn_q.weight", "blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b");
+    let of = |arch: &str, tensors: &[(&str, &[u64])]| {
+        let mut writer = adapter(arch);
+        tensors.iter().for_each(|(name, dims)| add(&mut writer, name, dims));
+        parse(writer)
+    };
+    let n = 32;
+    assert!(adapted(gguf.clone(), of("llama", &[(a, &[n, 2]), (b, &[2, n])]), 1.0).is_ok());
+    for (case, tensors, parts) in [
+        ("half", &[(a, &[n, 2][..])][..], &[a, "lacks its other half", b][..]),
+        ("other half", &[(b, &[2, n])], &[b, "lacks its other half", a]),
+        ("whole", &[(q, &[n, n])], &[q, "no part of an adapter", ".lora_a"]),
+        (
+            "unknown",
+            &[("blk.9.attn_q.weight.lora_a", &[n, 2]), ("blk.9.attn_q.weight.lora_b", &[2, n])],
+            &["blk.9.attn_q.weight.lora_a", "the model has no tensor"],
+        ),
+        ("narrow", &[(a, &[n - 1, 2]), (b, &[2, n])], &[a, "has shape [31, 2]", "[32, 2, 1]"]),
+        ("short", &[(a, &[n, 2]), (b, &[2, n + 1])], &[b, "has shape [2, 33]", "[2, 32, 1]"]),
+        ("two ranks", &[(a, &[n, 2]), (b, &[3, n])], &[b, "has shape [3, 32]"]),
+        ("turned", &[(a, &[2, n]), (b, &[n, 2])], &[a, "has shape [2, 32]"]),
+        ("no rank", &[(a, &[n, 0]), (b, &[0, n])], &[a, "rank of 1 or more"]),
+        ("many", &[(a, &[n, 2, 4]), (b, &[2, n, 4])], &[a, "has shape [32, 2, 4]"]),
+    ] {
+        refuses(case, &gguf, of("llama", tensors), 1.0, parts);
+    }
+    let embedding: [(&str, &[u64]); 2] =
+        [("token_embd.weight.lora_a", &[2, 263]), ("token_embd.weight.lora_b", &[2, 64])];
+    refuses("tied", &tied, of("qwen2", &embedding), 1.0, &["the output too", "output.weight"]);
+}
+
+#[test]
+fn the_program_takes_adapters() {
+    let model = &format!("{FOLDER}/llama.gguf");
+    let beside = &format!("{FOLDER}/lora/llama.gguf");
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let colons = &path("a:0.5.gguf:2");
+    std::fs::copy(beside, colons).unwrap();
+    let text_file = path("text");
+    let text = |loras: &[&str]| {
+        let loras = loras.iter().flat_map(|lora| ["--lora", lora]);
+        let args = ["eval", "-m", model, "-c", "16", "--json", "-f", &text_file];
+        let args: Vec<&str> = args.into_iter().chain(loras).collect();
+        let json: serde_json::Value = serde_json::from_str(&ok(&args, "")).unwrap();
+        json["ppl"].as_f64().unwrap()
+    };
+    std::fs::write(&text_file, "in the thin air, the hen and the man ran there".repeat(3)).unwrap();
+    let (plain, with) = (text(&[]), text(&[beside]));
+    assert!((plain - with).abs() > 1e-3 * plain, "{plain} {with}");
+    assert_eq!(text(&[&format!("{beside}:1")]), with);
+    assert_eq!(text(&[colons]), with);
+    assert_eq!(text(&[&format!("{colons}:0")]), plain);
+    let halves = [&format!("{beside}:0.75"), &format!("{colons}:0.25")];
+    assert!((text(&halves.map(|s| &s[..])) - with).abs() < 1e-3 * with);
+    let shown = ok(&["inspect", "-m", beside], "");
+    assert!(shown.contains("adapter\n  n_matrices 16, ranks [3]"), "{shown}");
+    let run =
+        |lora: &str, code| error(&["eval", "-m", model, "-f", &text_file, "--lora", lora], code);
+    for (lora, code, said) in [
+        (&format!("{beside}:nan"), 2, "finite number"),
+        (&format!("{beside}:1e99"), 2, "finite number"),
+        (&format!("{beside}:x"), 2, "scale \"x\""),
+        (&path("none.gguf"), 3, "none.gguf"),
+        (model, 3, "general.type"),
+    ] {
+        let text = run(lora, code);
+        assert!(text.contains(said) && text.lines().count() == 1, "{lora}: {text}");
+    }
+    let text = error(&["eval", "-m", beside, "-f", &text_file], 3);
+    assert!(text.contains("this is an adapter"), "{text}");
+    let args =
+        ["merge", "-m", model, "--lora", beside, "--form", "center", "-o", &path("out.gguf")];
+    let text = error(&args, 2);
+    assert!(text.contains("--lora: it changes"), "{text}");
 }

@@ -148,7 +148,7 @@ fn what_carries_nothing_can_go() {
 }
 
 /// Those whose heads are normed as a whole but rotated in part, or not in every layer.
-const REFUSED: [&str; 4] = ["exaone4", "stablelm-parallel", "deepseek2", "deepseek3"];
+const REFUSED: [&str; 5] = ["exaone4", "stablelm-parallel", "deepseek2", "deepseek3", "mpt"];
 
 #[test]
 fn every_family_loses_nothing_without_what_carries_nothing() {
@@ -189,11 +189,8 @@ fn every_family_loses_nothing_without_what_carries_nothing() {
         match formed(&gguf, &form) {
             Err(error) => {
                 let text = error.to_string();
-                assert!(
-                    REFUSED.contains(&name.as_str())
-                        && (text.contains("normed") || text.contains("latent")),
-                    "{name}: {text}"
-                );
+                let is_known = ["normed", "latent", "bounds"].iter().any(|w| text.contains(w));
+                assert!(REFUSED.contains(&name.as_str()) && is_known, "{name}: {text}");
             }
             Ok(merged) => {
                 assert!(!REFUSED.contains(&name.as_str()), "{name}");

@@ -124,7 +124,7 @@ MODELS = [
 
 
 # What makes queries and keys.
-PEAKED = ("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn")
+PEAKED = ("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 
 def is_head_norm(name):

@@ -30,6 +30,7 @@ SEEDS = {
     "gpt-oss": 45,
     "deepseek2": 3,
     "deepseek3": 19,
+    "qwen2moe": 2,
 }
 
 LATENT = dict(kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10)
@@ -161,6 +162,21 @@ MODELS = [
             rope_parameters=rope(700.0),
         ),
     ),
+    (
+        "qwen2moe",
+        "qwen2moe",
+        "F16",
+        "Qwen2Moe",
+        dict(
+            **shape(36, 56, 6, 2, tied=False),
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=28,
+            norm_topk_prob=False,
+            rope_parameters=rope(700.0),
+        ),
+    ),
 ]
 
 EXPERTS = [
@@ -168,6 +184,7 @@ EXPERTS = [
     ("n_shared_experts", "add_expert_shared_count"),
     ("routed_scaling_factor", "add_expert_weights_scale"),
     ("shared_intermediate_size", "add_expert_shared_feed_forward_length"),
+    ("shared_expert_intermediate_size", "add_expert_shared_feed_forward_length"),
 ]
 
 

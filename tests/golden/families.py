@@ -35,7 +35,7 @@ REORDERED = ("smollm3", "granite", "internlm2", "mistral3")
 # Their files have 1 added to the gains of norms.
 ONE_ADDED = ("gemma2", "gemma3")
 # Those whose norms take the mean away.
-LAYER_NORM = ("starcoder2", "stablelm", "command-r", "cohere2", "falcon", "gptneox", "bloom")
+LAYER_NORM = ("starcoder2", "stablelm", "command-r", "cohere2", "falcon", "gptneox", "bloom", "mpt")
 
 
 def shape(n_embd, n_ff, n_head, n_head_kv, n_layer=2, n_ctx=64, tied=True, **more):
@@ -312,6 +312,18 @@ MODELS = [
             tie_word_embeddings=True,
         ),
     ),
+    (
+        "mpt",
+        "mpt",
+        dict(
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            layer_norm_epsilon=EPS,
+            # Other biases than up to 8 are not computed.
+            attn_config=dict(clip_qkv=1.5, alibi_bias_max=8),
+        ),
+    ),
 ]
 
 
@@ -406,6 +418,9 @@ def metadata(w, config, family):
     if getattr(config, "head_dim", None) and family != "granite":
         w.add_key_length(config.head_dim)
         w.add_value_length(config.head_dim)
+    if family == "mpt":
+        w.add_clamp_kqv(config.attn_config.clip_qkv)
+        w.add_max_alibi_bias(config.attn_config.alibi_bias_max)
     if family == "gptneox":
         w.add_parallel_residual(config.use_parallel_residual)
     factors_and_window(w, config)

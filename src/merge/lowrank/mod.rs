@@ -20,7 +20,7 @@ use self::solver::{Factors, factor, refit};
 use super::center::may_center;
 use super::{
     BLOCK, Choice, Dense, Form, Geometry, Grams, KvHead, Rewritten, Site, Trained, Verdict,
-    Weights, no_latent,
+    Weights, only_products,
 };
 use crate::arch::Pairing;
 use crate::error::{Error, Result};
@@ -85,7 +85,7 @@ impl Form for LowRank {
     }
 
     fn applies(&self, choice: &Choice, site: &Site) -> Verdict {
-        no_latent(site)?;
+        only_products(site)?;
         let hp = site.hparams;
         if hp.qk_norm.is_some() && 2 * site.frequencies.len() < hp.key_dim {
             return Err(

@@ -117,6 +117,7 @@ fn hparams(case: Case) -> Hparams {
         token_types: None,
         max_alibi_bias: None,
         temperature: None,
+        qkv_limit: None,
         ropes: case.rope.map(rope).into_iter().collect(),
         rope_freqs: true,
         fused_qkv: false,
