@@ -53,10 +53,8 @@ fn add(writer: &mut Writer, name: &str, dims: &[u64]) {
 /// What has an adapter: matrices that something is multiplied with, and embeddings if they are not.
 fn has_adapter(gguf: &Gguf, tensor: &Tensor) -> bool {
     let is_tied = gguf.tensor("output.weight").is_none();
-    tensor.dims.len() > 1
-        && !tensor.name.contains("norm")
-        && !tensor.name.ends_with("bias")
-        && !(tensor.name == "token_embd.weight" && is_tied)
+    let is_left_out = ["norm", ".bias"].iter().any(|part| tensor.name.contains(part));
+    tensor.dims.len() > 1 && !is_left_out && (tensor.name != "token_embd.weight" || !is_tied)
 }
 
 /// An adapter of every matrix for which `wanted`.
