@@ -317,7 +317,7 @@ impl<'a> Keys<'a> {
                 beta_slow: self.positive_or_none("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
             }),
             Some("dynamic") => bad_file!(
-                "key \"{name}\" = \"dynamic\": frequencies that change with the length of a text, when \
+                "key \"{name}\" = \"dynamic\": frequencies would change with the length of a text, but \
                  keys are cached rotated; allowed none, linear, yarn, longrope"
             ),
             Some(other) => bad_file!(

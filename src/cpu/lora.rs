@@ -86,9 +86,7 @@ impl LoraMatrix {
         for (t, low) in low.chunks_exact(self.rank).enumerate() {
             // SAFETY: the caller's promise.
             let out = unsafe { out.part(t, start, n_rows) };
-            for (z, up) in low.iter().zip(self.up.chunks_exact(n_out)) {
-                simd::add_scaled(out, *z, &up[row..row + n_rows]);
-            }
+            simd::add_rows(out, low, &self.up[row..], n_out);
         }
     }
 

@@ -166,13 +166,10 @@ impl Gguf {
     /// of those of the same name, or after the last. Nothing is copied. What replaces a tensor has been
     /// made with the adapters of that.
     pub fn overlaid(&self, mut over: Gguf) -> Gguf {
-        let stem = |name: &str| {
-            HALVES
-                .iter()
-                .find_map(|half| name.strip_suffix(half))
-                .is_some_and(|stem| over.by_name.contains_key(stem))
-        };
-        let rest = |(a, factor): &(Gguf, f32)| (a.without(|name| stem(name)), *factor);
+        let is_replaced = |name: &str| over.by_name.contains_key(name);
+        let is_gone =
+            |name: &str| HALVES.iter().any(|h| name.strip_suffix(h).is_some_and(is_replaced));
+        let rest = |(a, factor): &(Gguf, f32)| (a.without(is_gone), *factor);
         over.adapters = self.adapters.iter().map(rest).collect();
         let shift = over.parts.len();
         over.parts.extend(self.parts.iter().cloned());

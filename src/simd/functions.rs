@@ -140,6 +140,15 @@ per_level! {
 }
 
 per_level! {
+    /// `a += sum_i factors[i] * rows[i * stride..]`, in the order of the rows.
+    pub fn add_rows(a: &mut [f32], factors: &[f32], rows: &[f32], stride: usize) {
+        for (factor, row) in factors.iter().zip(rows.chunks(stride)) {
+            a.iter_mut().zip(row).for_each(|(a, b)| *a += factor * b);
+        }
+    }
+}
+
+per_level! {
     /// The sum.
     pub fn sum(x: &[f32]) -> f32 {
         sum_of(x, |x| x)
