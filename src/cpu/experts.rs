@@ -5,8 +5,9 @@
 #![allow(unsafe_code)]
 
 use super::ffn::ffn_rows;
-use super::forward::{Buffers, Pass, products, rows_per_task};
+use super::forward::{Buffers, Pass};
 use super::lora::{give_back, lower};
+use super::products::{products, rows_per_task};
 use super::rows::Rows;
 use super::threads::Columns;
 use super::weights::ExpertMatrices;

@@ -1,10 +1,11 @@
 //! The feed-forward network.
 #![allow(unsafe_code)]
 
-use super::forward::{Buffers, Pass, products, rows_per_task};
+use super::forward::{Buffers, Pass};
 use super::kernels::{Activations, Scratch};
 use super::lora::{give_back, lower};
 use super::ops::{activate, activate_product};
+use super::products::{products, rows_per_task};
 use super::rows::Parts;
 use super::threads::Columns;
 use super::weights::FfnMatrices;

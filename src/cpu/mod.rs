@@ -15,6 +15,7 @@ mod limits;
 mod lora;
 mod observe;
 mod ops;
+mod products;
 mod rows;
 mod runs;
 pub mod threads;

@@ -2,8 +2,9 @@
 //! layer's input.
 #![allow(unsafe_code)]
 
-use super::forward::{Buffers, Pass, products};
+use super::forward::{Buffers, Pass};
 use super::ops::norm_row;
+use super::products::products;
 use super::threads::Columns;
 use super::weights::LayerMatrices;
 use crate::arch::Latent;
