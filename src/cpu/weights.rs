@@ -265,7 +265,8 @@ impl Matrix {
         self.n_in * self.n_out + self.rank() * (self.n_in + self.n_out)
     }
 
-    /// `out[t][start..] = x W^T + b`, with adapters added to `W`, for `n_rows` rows from `row` on, a multiple of [`LANES`].
+    /// `out[t][start..] = x W^T + b`, with adapters added to `W`, for `n_rows` rows from `row` on, a
+    /// multiple of [`LANES`].
     ///
     /// # Safety
     /// Nobody else uses those parts of `out` meanwhile.
