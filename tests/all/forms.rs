@@ -159,9 +159,11 @@ fn forms_write_the_same_text() {
             continue;
         }
         let [split, other] = [open(&name), formed(&name, &form).unwrap()].map(|model| {
-            let n = model.hparams.n_ctx_train.min(200 + 8);
+            let n = model.hparams.within_positions(200 + 8);
             let start = tokens(&model, 8);
-            let mut session = session(model, CacheType::F32);
+            let cache = (CacheType::F32, CacheType::F32);
+            let options = Options { n_ctx: Some(n), cache, exact: true, ..Options::default() };
+            let mut session = Session::new(Arc::new(model), &options).unwrap();
             session.feed(&start).unwrap();
             for _ in start.len()..n {
                 let logits = session.logits().iter().enumerate();
