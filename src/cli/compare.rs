@@ -126,9 +126,7 @@ impl Run for Compare {
 
 impl Compare {
     fn model(&self) -> Result<Model> {
-        let model = self.run.model.open()?;
-        model.hparams.must_predict().map_err(|e| self.run.model.at(e))?;
-        Ok(model)
+        self.run.model.open_predictor()
     }
 
     fn tokens(&self, model: &Model) -> Result<Vec<u32>> {

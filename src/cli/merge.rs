@@ -100,8 +100,7 @@ impl Run for Merge {
 
 impl Merge {
     fn sweep(&self) -> Result<()> {
-        let model = self.run.model.open()?;
-        model.hparams.must_predict().map_err(|e| self.run.model.at(e))?;
+        let model = self.run.model.open_predictor()?;
         let form = match &self.run.form[..] {
             [] => "lowrank",
             [form] => form,

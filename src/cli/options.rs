@@ -88,6 +88,13 @@ impl ModelArgs {
         Ok(gguf)
     }
 
+    /// A model that predicts tokens.
+    pub(super) fn open_predictor(&self) -> Result<Model> {
+        let model = self.open()?;
+        model.hparams.must_predict().map_err(|e| self.at(e))?;
+        Ok(model)
+    }
+
     /// The model as it was trained.
     pub(super) fn open(&self) -> Result<Model> {
         Model::from_gguf(self.gguf()?).map_err(|e| self.at(e))
@@ -228,9 +235,7 @@ impl ValueEnum for CacheType {
 impl RunArgs {
     /// Opens a model that predicts tokens; warnings go to stderr.
     pub(super) fn open(&self) -> Result<Arc<Model>> {
-        let model = self.model.open()?;
-        model.hparams.must_predict().map_err(|e| self.model.at(e))?;
-        self.planned(self.formed(model)?)
+        self.planned(self.formed(self.model.open_predictor()?)?)
     }
 
     /// Opens any model; warnings go to stderr.

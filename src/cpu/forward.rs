@@ -23,6 +23,7 @@ use crate::simd;
 
 /// Tokens that go through the layers together, unless they must see later ones.
 const N_BATCH: usize = 512;
+
 /// Threads, packed weights and buffers for one model.
 pub struct Engine {
     team: Team,

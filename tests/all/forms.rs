@@ -113,7 +113,7 @@ fn trace(session: &mut Session, tokens: &[u32], n_prompt: usize) -> Vec<f32> {
 }
 
 /// The largest difference, relative to the largest number.
-fn distance(a: &[f32], b: &[f32]) -> f32 {
+pub fn distance(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     let size = a.iter().fold(0.0f32, |m, x| m.max(x.abs()));
     // Unlike `max`, this keeps a NaN.

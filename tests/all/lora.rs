@@ -14,6 +14,7 @@ use qkov::session::{Options, Session};
 
 use crate::cli::{error, ok};
 use crate::families::files;
+use crate::forms::distance;
 use crate::golden::records;
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
@@ -136,15 +137,6 @@ fn logits(session: &mut Session, n: usize) -> Vec<f32> {
         out.extend_from_slice(session.feed_wanting(part, 0..part.len()).unwrap());
     }
     out
-}
-
-/// The largest difference, relative to the largest number.
-fn distance(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    let size = a.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-    // Unlike `max`, this keeps a NaN.
-    let max = |m: f32, x: f32| if m >= x { m } else { x };
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, max) / size
 }
 
 #[test]
