@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use qkov::cpu::CacheType;
+use qkov::engine::CacheType;
 use qkov::measure::shape::{self, Shape};
 use qkov::model::Model;
 use qkov::normalizer;

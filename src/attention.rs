@@ -8,11 +8,12 @@ use std::ops::Range;
 use crate::arch::{Hparams, Temperature};
 use crate::mask::Visible;
 use crate::merge::Geometry;
-use crate::normalizer::Row;
+use crate::normalizer::{Choice, Row};
 use crate::plan::LayerPlan;
 use crate::simd;
 
 /// The attention of one layer, ready to run.
+#[derive(Clone)]
 pub struct Attention {
     /// Its shape.
     pub geometry: Geometry,
@@ -84,6 +85,26 @@ impl Attention {
         if let Some(cap) = self.softcap {
             simd::softcap(scores, cap);
         }
+    }
+
+    /// What turns scores into weights, of each head.
+    pub fn normalizers(&self) -> &[Choice] {
+        &self.plan.normalizers
+    }
+
+    /// The bound that scores are kept within before they are normalized.
+    pub fn softcap(&self) -> Option<f32> {
+        self.softcap
+    }
+
+    /// What scores of each head lose per position of distance; none in most models. `[n_head]`
+    pub fn slopes(&self) -> &[f32] {
+        &self.slopes
+    }
+
+    /// Whether queries see the same keys as with `other`.
+    pub fn sees_as(&self, other: &Attention) -> bool {
+        self.window == other.window && self.plan.mask.text() == other.plan.mask.text()
     }
 
     /// What is added to the output of `head`. `[value_dim]`

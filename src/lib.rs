@@ -8,7 +8,10 @@ pub mod arch;
 pub mod attention;
 pub mod cli;
 pub mod cpu;
+pub mod engine;
 pub mod error;
+#[cfg(feature = "ggml")]
+pub mod ggml;
 pub mod gguf;
 pub mod mask;
 pub mod measure;

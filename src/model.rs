@@ -26,6 +26,7 @@ use crate::gguf::Gguf;
 use crate::merge::{BLOCK, Geometry};
 use crate::plan::{Plan, PlanFile};
 use crate::quant;
+use crate::simd;
 use crate::token::Tokenizer;
 
 /// A model, ready for an engine.
@@ -282,6 +283,20 @@ impl Model {
         match self.hparams.ropes.first().is_some_and(is_long) {
             true => self.long_rope_freqs.as_deref(),
             false => self.rope_freqs.as_deref(),
+        }
+    }
+
+    /// The embedding of a token at a position, before any norm. `[n_embd]`
+    pub fn embed(&self, token: u32, position: usize, x: &mut [f32]) {
+        self.token_embd.dequantize_row(token as usize, x);
+        simd::scale(x, self.hparams.embedding_scale);
+        if let Some(embd) = &self.type_embd {
+            simd::add(x, embd);
+        }
+        if let Some(embd) = &self.position_embd {
+            let mut own = vec![0.0; x.len()];
+            embd.dequantize_row(position, &mut own);
+            simd::add(x, &own);
         }
     }
 

@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use super::terminal::{note, progress, read_text, text_or_sample};
 use crate::bad_usage;
 use crate::cpu::threads::default_threads;
-use crate::cpu::{CacheType, Threads};
+use crate::engine::{CacheType, Devices, Kind, Threads};
 use crate::error::{Error, Result};
 use crate::gguf::{Bytes, Gguf, evict};
 use crate::measure::choose::{self, Auto, Candidate};
@@ -204,6 +204,19 @@ pub(super) struct RunArgs {
     /// variant
     #[arg(long, value_name = "FILE")]
     pub(super) plan: Option<PathBuf>,
+    /// Engine: this program's own kernels, or ggml, in builds with the feature. `bench` takes several
+    #[arg(long, value_delimiter = ',', value_name = "ENGINE", default_value = "cpu")]
+    pub(super) engine: Vec<Kind>,
+    /// Devices of ggml that have layers; see `inspect --devices` [default: all but the processor, or
+    /// else that]
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    device: Vec<String>,
+    /// Layers, the last ones, that are on those devices; the others are on the processor [default: all]
+    #[arg(long, visible_alias = "ngl", value_name = "N")]
+    gpu_layers: Option<usize>,
+    /// Workers whose devices ggml uses too, in builds with the feature rpc; see `rpc-worker`
+    #[arg(long, value_delimiter = ',', value_name = "HOST:PORT")]
+    rpc: Vec<String>,
     /// Type of cached keys
     #[arg(long, visible_alias = "ctk", value_name = "TYPE", default_value = "f16")]
     cache_type_k: CacheType,
@@ -215,6 +228,16 @@ pub(super) struct RunArgs {
 impl ValueEnum for Level {
     fn value_variants<'a>() -> &'a [Level] {
         &Level::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
+}
+
+impl ValueEnum for Kind {
+    fn value_variants<'a>() -> &'a [Kind] {
+        &Kind::ALL
     }
 
     fn to_possible_value(&self) -> Option<PossibleValue> {
@@ -501,6 +524,18 @@ impl RunArgs {
         }
     }
 
+    fn one_engine(&self) -> Result<Kind> {
+        match self.engine[..] {
+            [kind] => Ok(kind),
+            _ => bad_usage!("--engine: one; only `bench` takes several"),
+        }
+    }
+
+    /// Where ggml computes.
+    pub(super) fn devices(&self) -> Devices {
+        Devices { names: self.device.clone(), n_layers: self.gpu_layers, workers: self.rpc.clone() }
+    }
+
     /// Chooses the instruction set that was asked for.
     pub(super) fn set_level(&self) -> Result<()> {
         if let Some(level) = self.simd
@@ -519,6 +554,8 @@ impl RunArgs {
             pin: self.pin(),
             exact: self.exact,
             cache: (self.cache_type_k, self.cache_type_v),
+            engine: self.one_engine()?,
+            devices: self.devices(),
         })
     }
 }

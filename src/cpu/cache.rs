@@ -17,6 +17,7 @@ use super::kernels::{Copies, LANES, LAYOUTS, Panels};
 use super::threads::{Columns, Crew};
 use super::tiles::Lanes;
 use crate::bad_usage;
+use crate::engine::CacheType;
 use crate::error::Result;
 use crate::merge::{Geometry, Kept, KvHead};
 
@@ -25,39 +26,7 @@ const MIN_PARALLEL: usize = 8192;
 /// Elements that share a scale.
 pub(super) const GROUP: usize = 32;
 
-/// The format of cached elements.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CacheType {
-    /// Full precision.
-    F32,
-    /// Half precision.
-    F16,
-    /// Multiples of one scale per 32 elements, 8 bits each.
-    Q8_0,
-    /// The same, 4 bits each.
-    Q4_0,
-}
-
 impl CacheType {
-    /// All types.
-    pub const ALL: [CacheType; 4] =
-        [CacheType::F32, CacheType::F16, CacheType::Q8_0, CacheType::Q4_0];
-
-    /// The name on the command line and in reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            CacheType::F32 => "f32",
-            CacheType::F16 => "f16",
-            CacheType::Q8_0 => "q8_0",
-            CacheType::Q4_0 => "q4_0",
-        }
-    }
-
-    /// Whether elements are whole multiples of a scale.
-    pub fn is_rounded(self) -> bool {
-        matches!(self, CacheType::Q8_0 | CacheType::Q4_0)
-    }
-
     /// Elements of a head of this width as they are stored: whole blocks.
     pub(super) fn whole(self, dim: usize) -> usize {
         if self.is_rounded() { dim.next_multiple_of(GROUP) } else { dim }

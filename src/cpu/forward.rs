@@ -16,6 +16,7 @@ use super::rows::Rows;
 use super::threads::{Columns, Crew, Team};
 use super::weights::{LayerMatrices, Matrices, Matrix};
 use crate::arch::{PostNorm, QkNorm};
+use crate::engine::{Asked, Threads};
 use crate::error::Result;
 use crate::merge::Kept;
 use crate::model::{Layer, Model, NormWeight};
@@ -77,31 +78,6 @@ pub(super) struct ThreadBuffers {
     pub(super) tiles: Tiles,
     /// Of the first thread: what first halves of adapters make of an input.
     pub(super) low: Vec<f32>,
-}
-
-/// What is asked of a token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asked {
-    /// The logits of what follows it.
-    Logits,
-    /// What logits are made of: the last layer's residual stream, normed where the model norms it.
-    States,
-}
-
-/// Numbers of threads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Threads {
-    /// For a token alone.
-    pub one: usize,
-    /// For tokens that are read together.
-    pub batch: usize,
-}
-
-impl Threads {
-    /// The larger number.
-    pub fn most(self) -> usize {
-        self.one.max(self.batch)
-    }
 }
 
 impl Engine {
@@ -244,7 +220,6 @@ impl Buffers {
     pub(super) fn embed(&mut self, pass: &Pass, tokens: &[u32]) {
         let hp = &pass.model.hparams;
         self.x.resize(tokens.len() * hp.n_embd, 0.0);
-        self.added.resize(hp.n_embd, 0.0);
         self.angles.resize(pass.rotations.len(), Vec::new());
         for (rotation, angles) in pass.rotations.iter().zip(&mut self.angles) {
             angles.resize(tokens.len(), Vec::new());
@@ -253,16 +228,7 @@ impl Buffers {
             }
         }
         for (i, (x, token)) in self.x.chunks_exact_mut(hp.n_embd).zip(tokens).enumerate() {
-            let embd = &pass.model.token_embd;
-            embd.dequantize_row(*token as usize, x);
-            simd::scale(x, hp.embedding_scale);
-            if let Some(embd) = &pass.model.type_embd {
-                simd::add(x, embd);
-            }
-            if let Some(embd) = &pass.model.position_embd {
-                embd.dequantize_row(pass.n_past + i, &mut self.added);
-                simd::add(x, &self.added);
-            }
+            pass.model.embed(*token, pass.n_past + i, x);
             if let Some(norm) = &pass.model.embedding_norm {
                 norm_row(hp.norm, norm, x);
             }

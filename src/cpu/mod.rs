@@ -23,7 +23,7 @@ mod tiles;
 mod two_steps;
 mod weights;
 
-pub use cache::{CacheType, KvCache};
-pub use forward::{Asked, Engine, Threads};
+pub use cache::KvCache;
+pub use forward::Engine;
 pub use limits::Limits;
 pub use observe::{Observer, Seen, SeenHead, SeenRows};

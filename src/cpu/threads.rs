@@ -33,7 +33,7 @@ pub struct Team {
 
 /// Cores to pin to: one of every physical core first, then their siblings; within the process's
 /// affinity.
-fn cores() -> Vec<core_affinity::CoreId> {
+pub fn cores() -> Vec<core_affinity::CoreId> {
     let ids = core_affinity::get_core_ids().unwrap_or_default();
     let siblings = |id: usize| {
         let path = format!("/sys/devices/system/cpu/cpu{id}/topology/thread_siblings_list");

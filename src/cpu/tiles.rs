@@ -5,9 +5,10 @@
 //! and lanes are summed at the end.
 #![allow(unsafe_code)]
 
-use super::cache::{CacheType, GROUP};
+use super::cache::GROUP;
 use super::kernels::{LANES, Panels};
 use crate::arch::Pairing;
+use crate::engine::CacheType;
 use crate::simd::{self, per_level};
 
 /// A number for each position of a panel.

@@ -54,6 +54,20 @@ impl Bytes {
         let start = self.range.start;
         Some(Bytes { source: self.source.clone(), range: start + range.start..start + range.end })
     }
+
+    /// These bytes and those that follow, to the end of `last`; `None` where that is not in the same
+    /// place, after these.
+    pub fn through(&self, last: &Bytes) -> Option<Bytes> {
+        let is_same = match (&self.source, &last.source) {
+            (Source::Map(a), Source::Map(b)) => Arc::ptr_eq(a, b),
+            (Source::Static(a), Source::Static(b)) => std::ptr::eq(*a, *b),
+            (Source::Owned(a), Source::Owned(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        let range = self.range.start..last.range.end;
+        let is_after = last.range.start >= self.range.start;
+        (is_same && is_after).then(|| Bytes { source: self.source.clone(), range })
+    }
 }
 
 /// Has the system forget what it holds of a file in memory, so that it is read from the disk.
@@ -83,6 +97,12 @@ impl Deref for Bytes {
             Source::Owned(bytes) => bytes,
         };
         &all[self.range.clone()]
+    }
+}
+
+impl AsRef<[u8]> for Bytes {
+    fn as_ref(&self) -> &[u8] {
+        self
     }
 }
 

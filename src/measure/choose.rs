@@ -1,7 +1,8 @@
 //! The form that takes least on this machine.
 
 use crate::bad_usage;
-use crate::cpu::{CacheType, KvCache};
+use crate::cpu::KvCache;
+use crate::engine::CacheType;
 use crate::error::{Error, Result};
 use crate::measure::timing::{N_PROBE, Parts, Timing, shapes, total};
 use crate::merge::{Choice, FORMS, Geometry};

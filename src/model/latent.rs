@@ -72,7 +72,7 @@ impl Weight {
 
     /// The transposes of `n` matrices that lie one after the other, as floats, in which nothing is
     /// rounded, with what is added to them.
-    pub(super) fn turned(&self, n: usize) -> Result<Weight> {
+    pub(crate) fn turned(&self, n: usize) -> Result<Weight> {
         let Some(format) = quant::format_named("F32") else {
             return Err(Error::Runtime("no format of floats".into()));
         };

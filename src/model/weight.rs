@@ -53,6 +53,11 @@ impl Weight {
         &self.bytes[i * n..(i + 1) * n]
     }
 
+    /// The bytes of all rows, without what is added to them.
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
     /// The numbers of one row, with what is added to it. `[n_in]`
     pub fn dequantize_row(&self, i: usize, out: &mut [f32]) {
         self.format.dequantize(self.row(i), out);

@@ -248,6 +248,11 @@ impl Choice {
         self.kind
     }
 
+    /// Whether parameters that all kinds have change nothing.
+    pub fn is_plain(&self) -> bool {
+        self.plain
+    }
+
     /// Whether a constant added to all scores of a row changes nothing.
     pub fn is_shift_invariant(&self) -> bool {
         self.kind.shift_invariant && self.is_default()

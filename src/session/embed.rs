@@ -3,7 +3,7 @@
 use super::Session;
 use crate::arch::Pooling;
 use crate::bad_usage;
-use crate::cpu::Asked;
+use crate::engine::Asked;
 use crate::error::Result;
 use crate::simd;
 
@@ -39,12 +39,11 @@ impl Session {
         let mut states = Vec::new();
         self.engine.forward(
             &self.model,
-            &mut self.cache,
             (&all, 0, &(0..n)),
             wanted,
             None,
             (Asked::States, &mut states),
-        );
+        )?;
         Ok(if pooling == Pooling::Mean { mean(&states, self.model.hparams.n_embd) } else { states })
     }
 

@@ -2,6 +2,7 @@
 
 pub mod chat;
 pub mod embed;
+mod engine;
 pub mod sampler;
 
 use std::borrow::Cow;
@@ -9,8 +10,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::bad_usage;
+use crate::cpu::Observer;
 use crate::cpu::threads::default_threads;
-use crate::cpu::{Asked, CacheType, Engine, KvCache, Observer, Threads};
+use crate::engine::{Asked, CacheType, Devices, Kind, Threads};
 use crate::error::Result;
 use crate::model::Model;
 use crate::plan::Plan;
@@ -34,6 +36,10 @@ pub struct Options {
     pub exact: bool,
     /// Types of cached keys and values.
     pub cache: (CacheType, CacheType),
+    /// What computes.
+    pub engine: Kind,
+    /// Where, if that is ggml.
+    pub devices: Devices,
 }
 
 impl Default for Options {
@@ -45,6 +51,8 @@ impl Default for Options {
             pin: true,
             exact: false,
             cache: (CacheType::F16, CacheType::F16),
+            engine: Kind::Cpu,
+            devices: Devices::default(),
         }
     }
 }
@@ -57,15 +65,11 @@ impl Default for Options {
 /// prompt. [`Session::embed`] is for texts.
 pub struct Session {
     model: Arc<Model>,
-    engine: Engine,
-    cache: KvCache,
+    engine: engine::Engine,
     tokens: Vec<u32>,
     /// Prompts that are kept or forgotten as a whole, first to last.
     prompts: Vec<Prompt>,
     logits: Vec<f32>,
-    /// Whether threads are pinned, and activations stay as they are.
-    pin: bool,
-    exact: bool,
     /// Things worth telling that do not prevent use.
     pub warnings: Vec<String>,
 }
@@ -94,12 +98,9 @@ impl Session {
             warnings
                 .push(format!("context {n_ctx} is longer than the {trained} tokens trained for"));
         }
-        let geometry = model.attention.iter().map(|a| a.geometry.clone());
-        let cache = KvCache::new(geometry, n_ctx, options.cache)?;
-        let engine = Engine::new(&model, options.n_threads, options.pin, options.exact)?;
+        let engine = engine::Engine::new(&model, options, n_ctx)?;
         let (tokens, prompts, logits) = (Vec::new(), Vec::new(), Vec::new());
-        let (pin, exact) = (options.pin, options.exact);
-        Ok(Session { model, engine, cache, tokens, prompts, logits, pin, exact, warnings })
+        Ok(Session { model, engine, tokens, prompts, logits, warnings })
     }
 
     /// The model.
@@ -114,7 +115,7 @@ impl Session {
 
     /// Tokens that fit.
     pub fn n_ctx(&self) -> usize {
-        self.cache.n_ctx()
+        self.engine.n_ctx()
     }
 
     /// Threads that compute.
@@ -129,21 +130,26 @@ impl Session {
 
     /// Types of cached keys and values.
     pub fn cache_types(&self) -> (CacheType, CacheType) {
-        self.cache.types()
+        self.engine.cache_types()
     }
 
     /// Size of the cache in bytes.
     pub fn cache_bytes(&self) -> usize {
-        self.cache.n_bytes()
+        (0..self.model.layers.len()).map(|i| self.engine.layer_bytes(i)).sum()
     }
 
     /// Bytes that a token at `position` reads: weights, and the keys and values that it sees.
     pub fn bytes_per_token(&self, position: usize) -> f64 {
         let cached = self.model.attention.iter().enumerate().map(|(i, attention)| {
             let n = attention.visible(position, &(0..0)).len();
-            self.cache.layer_bytes(i) as f64 / self.n_ctx() as f64 * n as f64
+            self.engine.layer_bytes(i) as f64 / self.n_ctx() as f64 * n as f64
         });
         self.engine.weight_bytes() as f64 + cached.sum::<f64>()
+    }
+
+    /// What is worth telling of how the last tokens were computed.
+    pub fn notes(&self) -> Vec<String> {
+        self.engine.notes()
     }
 
     /// Products of weights and activations that a token needs.
@@ -159,16 +165,14 @@ impl Session {
             bad_usage!("another plan: the model is in use elsewhere");
         };
         let changed = model.check_forms(&plan)?;
+        self.engine.forget();
         let old = model.plan.clone();
         model.set_plan(plan);
         if !changed {
             return Ok(());
         }
-        let geometry = model.attention.iter().map(|a| a.geometry.clone());
-        let cache = KvCache::new(geometry, self.cache.n_ctx(), self.cache.types());
-        let engine = self.engine.again(model, self.pin, self.exact);
-        match cache.and_then(|cache| Ok((cache, engine?))) {
-            Ok((cache, engine)) => (self.cache, self.engine) = (cache, engine),
+        match self.engine.again(model) {
+            Ok(engine) => self.engine = engine,
             Err(e) => {
                 model.set_plan(old);
                 return Err(e);
@@ -182,7 +186,7 @@ impl Session {
     pub fn pretend(&mut self, n: usize) -> Result<()> {
         self.check_room(n)?;
         self.rewind(0);
-        self.cache.clear();
+        self.engine.clear();
         self.tokens.resize(n, 0);
         Ok(())
     }
@@ -199,10 +203,7 @@ impl Session {
             self.check_tokens(tokens)?;
             self.check_room(tokens.len())?;
         }
-        let Some(model) = Arc::get_mut(&mut self.model) else {
-            bad_usage!("layer by layer: the model is in use elsewhere");
-        };
-        self.engine.layer_by_layer(model, &mut self.cache, sequences, observer, change)
+        self.engine.layer_by_layer(&mut self.model, sequences, observer, change)
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -260,7 +261,7 @@ impl Session {
             true => 0..0,
             false => self.begin_prompt(tokens.len(), tokens.len()),
         };
-        self.read(tokens, &prompt, wanted, observer);
+        self.read(tokens, &prompt, wanted, observer)?;
         Ok(&self.logits)
     }
 
@@ -298,7 +299,7 @@ impl Session {
             let end = prompt.end.min(at.saturating_add(n_step));
             let end = self.model.together(at..end, &prompt);
             let wanted = end - at - usize::from(has_logits && end == prompt.end)..end - at;
-            self.read(&all[at - start..end - start], &prompt, wanted, observer);
+            self.read(&all[at - start..end - start], &prompt, wanted, observer)?;
             at = end;
             if !go_on(at) {
                 // A prompt that was not read to its end is none.
@@ -336,17 +337,17 @@ impl Session {
         prompt: &Range<usize>,
         wanted: Range<usize>,
         observer: Option<&dyn Observer>,
-    ) {
+    ) -> Result<()> {
         self.logits.clear();
         self.engine.forward(
             &self.model,
-            &mut self.cache,
             (tokens, self.tokens.len(), prompt),
             wanted,
             observer,
             (Asked::Logits, &mut self.logits),
-        );
+        )?;
         self.tokens.extend_from_slice(tokens);
+        Ok(())
     }
 
     /// Refuses tokens that are none, and `n` more that do not fit.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use qkov::arch::{ARCHS, Hparams};
-use qkov::cpu::Threads;
+use qkov::engine::Threads;
 use qkov::error::Result;
 use qkov::gguf::{Gguf, Value, ValueType};
 use qkov::model::Model;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use qkov::cpu::{CacheType, Threads};
+use qkov::engine::{CacheType, Threads};
 use qkov::gguf::{Bytes, Gguf};
 use qkov::model::Model;
 use qkov::session::{Options, Session};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use qkov::arch::Pooling;
-use qkov::cpu::CacheType;
+use qkov::engine::CacheType;
 use qkov::gguf::Gguf;
 use qkov::measure::forms;
 use qkov::measure::grams::gather;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qkov::arch::Pooling;
-use qkov::cpu::{CacheType, Threads};
+use qkov::engine::{CacheType, Threads};
 use qkov::gguf;
 use qkov::measure::record::record;
 use qkov::model::Model;
@@ -21,7 +21,7 @@ pub struct Encoder {
     pub name: String,
     pub model: Arc<Model>,
     text: String,
-    tokens: Vec<u32>,
+    pub tokens: Vec<u32>,
     /// Of all tokens. `[tokens, n_embd]`
     states: Vec<f32>,
     mean: Vec<f32>,

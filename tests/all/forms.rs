@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qkov::arch::Pooling;
-use qkov::cpu::{CacheType, Observer, Seen, SeenHead, Threads};
+use qkov::cpu::{Observer, Seen, SeenHead};
+use qkov::engine::{CacheType, Threads};
 use qkov::gguf::{Bytes, Gguf};
 use qkov::mask::MASKS;
 use qkov::merge::{FORMS, Kept};

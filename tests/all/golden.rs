@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qkov::arch::ARCHS;
-use qkov::cpu::{CacheType, Threads};
+use qkov::engine::{CacheType, Threads};
 use qkov::model::Model;
 use qkov::session::{Options, Session};
 

@@ -10,6 +10,7 @@ const LAYERS: &[&[&str]] = &[
     &["normalizer", "merge", "mask"],
     &["attention", "plan"],
     &["model"],
+    &["engine"],
     &["cpu", "ggml"],
     &["session"],
     &["measure"],

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qkov::arch::Pooling;
-use qkov::cpu::{CacheType, Threads};
+use qkov::engine::{CacheType, Threads};
 use qkov::gguf::{Bytes, Data, Gguf, Tensor, Value, ValueType, Writer};
 use qkov::measure::forms;
 use qkov::model::{Model, adapted};

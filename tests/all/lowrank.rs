@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use qkov::arch::Pooling;
-use qkov::cpu::{CacheType, Threads};
+use qkov::engine::{CacheType, Threads};
 use qkov::gguf::{Bytes, Data, Gguf, Writer};
 use qkov::measure::forms;
 use qkov::measure::grams::gather;

@@ -15,6 +15,8 @@ mod circuits;
 mod cli;
 mod compare;
 mod embed;
+#[cfg(feature = "ggml")]
+mod engines;
 mod export;
 mod families;
 mod forms;

@@ -5,7 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use qkov::attention::Attention;
-use qkov::cpu::{CacheType, Observer, Seen, Threads};
+use qkov::cpu::{Observer, Seen};
+use qkov::engine::{CacheType, Threads};
 use qkov::gguf::{Bytes, Gguf};
 use qkov::mask::{Choice, Kind, MASKS, Visible};
 use qkov::model::Model;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use qkov::cpu::{CacheType, Observer, Seen, Threads};
+use qkov::cpu::{Observer, Seen};
+use qkov::engine::{CacheType, Threads};
 use qkov::gguf::{Bytes, Gguf};
 use qkov::measure::heads::{RowStats, observe};
 use qkov::measure::quality::Windows;

@@ -2,7 +2,8 @@
 //!
 //! The sources come with a crate that is only locked, not compiled (see Cargo.toml), or from the folder
 //! that `QKOV_GGML_SRC` names. `QKOV_GGML_PORTABLE=1`: code for any processor of the target, not this
-//! one's. `QKOV_GGML_CHECK=1`: bindings only, enough for `cargo check` for a target that nothing here
+//! one's. `QKOV_GGML_LIB`: a folder with shared libraries of the same ggml, which are linked instead of
+//! what is compiled here. `QKOV_GGML_CHECK=1`: bindings only, enough for `cargo check` for a target that nothing here
 //! can compile C for.
 
 use std::env;
@@ -22,7 +23,7 @@ type Result<T> = std::result::Result<T, String>;
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=wrapper.h");
-    for key in ["QKOV_GGML_SRC", "QKOV_GGML_PORTABLE", "QKOV_GGML_CHECK"] {
+    for key in ["QKOV_GGML_SRC", "QKOV_GGML_PORTABLE", "QKOV_GGML_LIB", "QKOV_GGML_CHECK"] {
         println!("cargo::rerun-if-env-changed={key}");
     }
     if let Err(e) = build() {
@@ -34,6 +35,13 @@ fn build() -> Result<()> {
     let source = source()?;
     let out = PathBuf::from(var("OUT_DIR")?);
     bindings(&source.join("include"), &out)?;
+    if let Ok(lib) = env::var("QKOV_GGML_LIB") {
+        println!("cargo::rustc-link-search=native={lib}");
+        for name in ["ggml", "ggml-cpu", "ggml-base"] {
+            println!("cargo::rustc-link-lib=dylib={name}");
+        }
+        return Ok(());
+    }
     if env::var_os("QKOV_GGML_CHECK").is_none() {
         let lib = compile(&source, &out)?;
         link(&lib)?;

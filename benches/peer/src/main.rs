@@ -17,7 +17,7 @@ use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::token::LlamaToken;
-use qkov::cpu::Threads;
+use qkov::engine::Threads;
 use qkov::measure::latency::median;
 use qkov::measure::shape;
 use qkov::model::Model;

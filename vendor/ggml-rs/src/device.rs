@@ -3,7 +3,7 @@
 use std::ffi::{CString, c_int, c_void};
 use std::ptr::NonNull;
 
-use crate::{Error, Result, sys, text};
+use crate::{Error, Graph, Result, Shape, Type, sys, text};
 
 /// Something that computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +116,36 @@ impl BufferType {
         text(unsafe { sys::ggml_backend_buft_name(self.0.as_ptr()) })
     }
 
+    /// Whether a device multiplies matrices of this shape in this memory; with `n_used`, as many of
+    /// several for each token.
+    pub fn multiplies(self, device: Device, shape: Shape, n_used: Option<usize>) -> Result<bool> {
+        let mut graph = Graph::new(8)?;
+        let [n_in, ..] = shape.dims;
+        let weight = graph.input(shape);
+        let input = |dims| Shape { ty: Type::F32, dims };
+        let product = match n_used {
+            None => {
+                let x = graph.input(input([n_in, 512, 1, 1]));
+                graph.mul_mat(weight, x)
+            }
+            Some(n) => {
+                let x = graph.input(input([n_in, n, 512, 1]));
+                let ids = graph.input(Shape { ty: Type::I32, dims: [n, 512, 1, 1] });
+                graph.mul_mat_id(weight, x, ids)
+            }
+        };
+        // SAFETY: the weight is in an empty buffer of this memory while the device is asked.
+        unsafe {
+            let raw = graph.at(weight);
+            let buffer = sys::ggml_backend_buft_alloc_buffer(self.0.as_ptr(), 0);
+            (*raw).buffer = buffer;
+            let yes = graph.runs_on(product, device);
+            (*raw).buffer = std::ptr::null_mut();
+            sys::ggml_backend_buffer_free(buffer);
+            Ok(yes)
+        }
+    }
+
     /// Whether the processor reads it as any other memory.
     pub fn is_host(self) -> bool {
         // SAFETY: as above.
@@ -168,9 +198,9 @@ impl Backend {
         self.device
     }
 
-    /// Computes with this many threads, each on a core of its own if those are given; only the
-    /// processor's backend has threads.
-    pub fn set_threads(&mut self, n: usize, cores: &[usize]) -> Result<()> {
+    /// Starts threads, each on a core of its own if those are given; only the processor's backend has
+    /// threads.
+    pub fn start_threads(&mut self, n: usize, cores: &[usize]) -> Result<()> {
         if self.device.kind() != Kind::Cpu {
             return Ok(());
         }
@@ -191,6 +221,14 @@ impl Backend {
             self.threads = Some(pool);
         }
         Ok(())
+    }
+
+    /// Computes with some of the threads that were started.
+    pub fn use_threads(&mut self, n: usize) {
+        if self.device.kind() == Kind::Cpu {
+            // SAFETY: the processor's backend.
+            unsafe { sys::ggml_backend_cpu_set_n_threads(self.raw.as_ptr(), n as c_int) };
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::store::context;
-use crate::{Result, Shape, Store, Type, sys};
+use crate::{Device, Result, Shape, Store, Type, sys};
 
 /// A tensor of a graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,6 +178,12 @@ impl Graph {
             )
         };
         self.put(out)
+    }
+
+    /// Whether a device can compute a tensor.
+    pub fn runs_on(&self, tensor: Tensor, device: Device) -> bool {
+        // SAFETY: a tensor of this graph; devices stay.
+        unsafe { sys::ggml_backend_dev_supports_op(device.0.as_ptr(), self.at(tensor)) }
     }
 
     /// Whether a tensor has memory of its own, or of what it is a view of.

@@ -101,8 +101,6 @@ of_two! {
     sub = ggml_sub;
     /// `silu(a) b`
     swiglu = ggml_swiglu_split;
-    /// `a` repeated to the sizes of `b`.
-    repeat = ggml_repeat;
 }
 
 impl Graph {
@@ -239,12 +237,18 @@ impl Graph {
         self.put(out)
     }
 
-    /// Adds logits to those of [`Graph::flash_attention`], one of each head, that take weight and give
-    /// nothing.
-    pub fn add_sinks(&mut self, attention: Tensor, sinks: Tensor) {
-        let (attention, sinks) = (self.at(attention), self.at(sinks));
-        // SAFETY: tensors of this graph.
-        unsafe { sys::ggml_flash_attn_ext_add_sinks(attention, sinks) };
+    /// Adds logits, one of each head, to what [`Graph::flash_attention`] or [`Graph::soft_max`] gave:
+    /// they take weight, and give nothing.
+    pub fn add_sinks(&mut self, weights: Tensor, sinks: Tensor) {
+        let (weights, sinks) = (self.at(weights), self.at(sinks));
+        // SAFETY: tensors of this graph; the function is that of the operation.
+        unsafe {
+            match (*weights).op {
+                sys::GGML_OP_FLASH_ATTN_EXT => sys::ggml_flash_attn_ext_add_sinks(weights, sinks),
+                sys::GGML_OP_SOFT_MAX => sys::ggml_soft_max_add_sinks(weights, sinks),
+                _ => {}
+            }
+        }
     }
 
     /// The numbers of the `k` largest elements of each row, largest first.
@@ -263,11 +267,28 @@ impl Graph {
         self.put(out)
     }
 
+    /// `a` repeated to these sizes.
+    pub fn repeat(&mut self, a: Tensor, dims: [usize; 4]) -> Tensor {
+        let a = self.at(a);
+        let [n0, n1, n2, n3] = dims.map(|n| n as i64);
+        // SAFETY: tensors of this graph, in its context.
+        let out = unsafe { sys::ggml_repeat_4d(self.context.as_ptr(), a, n0, n1, n2, n3) };
+        self.put(out)
+    }
+
     /// `a` followed by `b` along a dimension.
     pub fn concat(&mut self, a: Tensor, b: Tensor, along: usize) -> Tensor {
         let (a, b) = (self.at(a), self.at(b));
         // SAFETY: tensors of this graph, in its context.
         let out = unsafe { sys::ggml_concat(self.context.as_ptr(), a, b, along as c_int) };
+        self.put(out)
+    }
+
+    /// `a` with `n` zeros after each row.
+    pub fn pad(&mut self, a: Tensor, n: usize) -> Tensor {
+        let a = self.at(a);
+        // SAFETY: tensors of this graph, in its context.
+        let out = unsafe { sys::ggml_pad(self.context.as_ptr(), a, n as c_int, 0, 0, 0) };
         self.put(out)
     }
 

@@ -149,14 +149,16 @@ impl Store {
         self.tensors[i]
     }
 
-    /// Writes all bytes of a tensor.
-    pub fn set(&mut self, i: usize, bytes: &[u8]) {
+    /// Writes bytes of a tensor from one of them on; where a device arranges them, that is the first
+    /// and they are all.
+    pub fn set(&mut self, i: usize, start: usize, bytes: &[u8]) {
         assert!(self._owner.is_none(), "borrowed bytes are not written");
         let tensor = self.tensors[i].as_ptr();
         // SAFETY: the tensor has memory, and as many bytes.
         unsafe {
-            assert_eq!(bytes.len(), sys::ggml_nbytes(tensor), "bytes of a tensor");
-            sys::ggml_backend_tensor_set(tensor, bytes.as_ptr().cast::<c_void>(), 0, bytes.len());
+            assert!(start + bytes.len() <= sys::ggml_nbytes(tensor), "bytes of a tensor");
+            let data = bytes.as_ptr().cast::<c_void>();
+            sys::ggml_backend_tensor_set(tensor, data, start, bytes.len());
         }
     }
 

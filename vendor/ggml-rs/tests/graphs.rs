@@ -14,7 +14,7 @@ fn bytes(x: &[f32]) -> Vec<u8> {
 
 fn scheduler() -> Result<Scheduler> {
     let mut cpu = Backend::new(Device::cpu()?)?;
-    cpu.set_threads(2, &[])?;
+    cpu.start_threads(2, &[])?;
     Scheduler::new(vec![cpu], 64)
 }
 
@@ -42,7 +42,7 @@ fn every_type_that_is_written_is_read() {
 fn a_graph_multiplies_stored_weights_and_works_on_rows() -> Result<()> {
     let mut weights =
         Store::new(Device::cpu()?.buffer_type()?, &[Shape::matrix(Type::F32, 4, 3)], true)?;
-    weights.set(0, &bytes(&floats(12)));
+    weights.set(0, 0, &bytes(&floats(12)));
     let mut graph = Graph::new(16)?;
     let w = graph.stored(&Arc::new(weights), 0);
     let x = graph.input(Shape::matrix(Type::F32, 4, 2));
