@@ -11,7 +11,7 @@ use super::options::RunArgs;
 use super::terminal::{note, print, print_json, progress};
 use crate::bad_usage;
 use crate::cpu::Limits;
-use crate::engine::Threads;
+use crate::engine::{Kind, Threads};
 use crate::error::Result;
 use crate::gguf::Gguf;
 use crate::measure::latency::{Latency, Test, mean_and_deviation, measure, median, percentile};
@@ -84,49 +84,61 @@ impl Run for Bench {
         let most = |of: fn(&Threads) -> usize| counts.iter().map(of).max().unwrap_or(1);
         let n_threads = Threads { one: most(|t| t.one), batch: most(|t| t.batch) };
         // From nothing to the logits of one token.
-        let start = || -> Result<(Session, f64)> {
+        let start = |engine: Kind| -> Result<(Session, f64)> {
             let start = Instant::now();
             let model = self.open()?;
             let n_ctx = tests.iter().map(|test| test.n_ctx(model.plan.n_copies())).max();
-            let mut session = self.run.session_with(model, n_ctx, n_threads)?;
+            let mut session = self.run.session_of(engine, model, n_ctx, n_threads)?;
             session.feed(&[0])?;
             Ok((session, start.elapsed().as_secs_f64()))
         };
         let cold = match self.cold {
             true => {
                 self.run.model.evict()?;
-                Some(start()?.1)
+                Some(start(self.run.engine[0])?.1)
             }
             false => None,
         };
-        let (mut session, warm) = start()?;
+        let mut sessions = Vec::new();
+        for engine in &self.run.engine {
+            let (session, warm) = start(*engine)?;
+            sessions.push(Started { engine: *engine, session, cold, warm });
+        }
         let n_reps = usize::from(self.repetitions);
-        let bar = progress(counts.len() * tests.len() * (n_reps + 1), "repetitions");
+        let n_runs = counts.len() * tests.len() * sessions.len();
+        let bar = progress(n_runs * (n_reps + 1), "repetitions");
         let mut runs = Vec::new();
         for n_threads in counts {
             let limits = Limits::measure(n_threads.most(), self.run.pin())?;
-            session.set_threads(n_threads);
+            sessions.iter_mut().for_each(|s| s.session.set_threads(n_threads));
+            // Engines in turn, so that what else the machine does meets all of them.
             for test in &tests {
-                let latency = measure(&mut session, *test, n_reps, &mut || bar.inc(1))?;
-                runs.push(Measured { n_threads, limits, latency });
+                for (by, started) in sessions.iter_mut().enumerate() {
+                    let session = &mut started.session;
+                    let latency = measure(session, *test, n_reps, &mut || bar.inc(1))?;
+                    runs.push(Measured { by, n_threads, limits, latency });
+                }
             }
         }
         bar.finish_and_clear();
-        let starts = Starts { cold, warm };
-        let rows = runs.iter().map(|r| self.row(&session, &starts, r)).collect();
-        self.report(rows, || self.table(&session, &starts, &runs))
+        let rows = runs.iter().map(|r| self.row(&sessions[r.by], r)).collect();
+        self.report(rows, || self.table(&sessions, &runs))
     }
 }
 
 /// One row of the report.
 struct Measured {
+    /// Which session.
+    by: usize,
     n_threads: Threads,
     limits: Limits,
     latency: Latency,
 }
 
-/// Seconds from nothing to the logits of one token.
-struct Starts {
+/// A session, and seconds from nothing to the logits of its first token.
+struct Started {
+    engine: Kind,
+    session: Session,
     /// The file not in memory; only if asked for.
     cold: Option<f64>,
     /// The file in the page cache.
@@ -188,8 +200,9 @@ impl Bench {
         synthetic.map_or_else(|| self.run.model.name(), |name| self.run.model.with_adapters(name))
     }
 
-    fn row(&self, session: &Session, starts: &Starts, run: &Measured) -> Value {
-        let Measured { n_threads, limits, latency: r } = run;
+    fn row(&self, by: &Started, run: &Measured) -> Value {
+        let Measured { n_threads, limits, latency: r, .. } = run;
+        let session = &by.session;
         let (type_k, type_v) = session.cache_types();
         let model = session.model();
         let [norm, form, mask] = model.plan.names();
@@ -202,6 +215,7 @@ impl Bench {
             "model_type": model.kind(),
             "model_size": model.n_bytes(),
             "n_params": model.n_params(),
+            "engine": by.engine.name(),
             "n_threads": n_threads.one,
             "n_threads_batch": n_threads.batch,
             "type_k": type_k.name(),
@@ -218,8 +232,8 @@ impl Bench {
             "median_ts": median(&rates),
             "samples_ts": rates,
             "ttft_ms": some(&r.first, 1e3 * median(&r.first)),
-            "ttft_cold_ms": starts.cold.map(|s| 1e3 * s),
-            "ttft_start_ms": 1e3 * starts.warm,
+            "ttft_cold_ms": by.cold.map(|s| 1e3 * s),
+            "ttft_start_ms": 1e3 * by.warm,
             "p50_ms": some(&r.steps, 1e3 * percentile(&r.steps, 0.5)),
             "p99_ms": some(&r.steps, 1e3 * percentile(&r.steps, 0.99)),
             "bytes_per_token": r.bytes_per_token,
@@ -231,22 +245,23 @@ impl Bench {
         })
     }
 
-    fn table(&self, session: &Session, starts: &Starts, runs: &[Measured]) -> Result<()> {
-        let model = session.model();
+    fn table(&self, sessions: &[Started], runs: &[Measured]) -> Result<()> {
         let mut text = String::from(
-            "| model | size | params | threads | test | t/s | ttft ms | p50 ms | p99 ms | GB/s | of limit |\n\
-             | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+            "| model | size | params | engine | threads | test | t/s | ttft ms | p50 ms | p99 ms | GB/s | of limit |\n\
+             | --- | ---: | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
         );
         let number =
             |x: Option<f64>, digits: usize| x.map_or("".into(), |x| format!("{x:.digits$}"));
-        for Measured { n_threads, limits, latency: r } in runs {
+        for Measured { by, n_threads, limits, latency: r } in runs {
+            let model = sessions[*by].session.model();
             let (avg, stddev) = mean_and_deviation(&r.rates());
             let some = |list: &[f64], x: f64| (!list.is_empty()).then_some(1e3 * x);
             text += &format!(
-                "| {} | {:.2} MB | {:.2} M | {} | {} | {avg:.2} ± {stddev:.2} | {} | {} | {} | {} | {} |\n",
+                "| {} | {:.2} MB | {:.2} M | {} | {} | {} | {avg:.2} ± {stddev:.2} | {} | {} | {} | {} | {} |\n",
                 model.kind(),
                 model.n_bytes() as f64 / 1e6,
                 model.n_params() as f64 / 1e6,
+                sessions[*by].engine.name(),
                 match (r.test.n_prompt, r.test.n_gen) {
                     (0, _) => n_threads.one.to_string(),
                     (_, 0) => n_threads.batch.to_string(),
@@ -263,16 +278,19 @@ impl Bench {
             );
         }
         print(text.as_bytes())?;
-        let cold = starts
-            .cold
-            .map_or(String::new(), |s| format!(", {:.0} ms with the file not in memory", 1e3 * s));
         let rss =
             peak_rss().map_or(String::new(), |b| format!("; {:.0} MB resident at most", b / 1e6));
-        note(&format!(
-            "{}: {:.0} ms from start to the first token{cold}{rss}",
-            self.name(),
-            1e3 * starts.warm
-        ));
+        for by in sessions {
+            let cold = by.cold.map_or(String::new(), |s| {
+                format!(", {:.0} ms with the file not in memory", 1e3 * s)
+            });
+            note(&format!(
+                "{}, engine {}: {:.0} ms from start to the first token{cold}{rss}",
+                self.name(),
+                by.engine.name(),
+                1e3 * by.warm
+            ));
+        }
         let mut told = Vec::new();
         for Measured { n_threads, limits, .. } in runs {
             let n = n_threads.most();

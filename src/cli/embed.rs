@@ -108,6 +108,7 @@ impl Run for Embed {
         }
         bar.finish_and_clear();
         if self.verbose {
+            session.notes().iter().for_each(|text| note(text));
             let (n, seconds) = (texts.iter().map(Vec::len).sum::<usize>(), time.as_secs_f64());
             note(&format!(
                 "{} texts, {n} tokens in {:.0} ms, {:.1} per second",

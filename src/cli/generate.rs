@@ -82,6 +82,7 @@ impl Run for Generate {
         print_text(&decoder.finish())?;
         print_text("\n")?;
         if self.verbose {
+            session.notes().iter().for_each(|text| note(text));
             let seconds = start.elapsed().as_secs_f64();
             note(&format!(
                 "start and prompt: {} tokens in {:.0} ms; generation: {n} tokens in {:.0} ms, {:.1} per second",

@@ -491,7 +491,18 @@ impl RunArgs {
         n_ctx: Option<usize>,
         n_threads: Threads,
     ) -> Result<Session> {
-        let session = Session::new(model, &self.options(n_ctx, n_threads)?)?;
+        self.session_of(self.one_engine()?, model, n_ctx, n_threads)
+    }
+
+    /// The same, with one of the engines that were asked for.
+    pub(super) fn session_of(
+        &self,
+        engine: Kind,
+        model: Arc<Model>,
+        n_ctx: Option<usize>,
+        n_threads: Threads,
+    ) -> Result<Session> {
+        let session = Session::new(model, &self.options_of(engine, n_ctx, n_threads)?)?;
         session.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         Ok(session)
     }
@@ -547,6 +558,15 @@ impl RunArgs {
     }
 
     fn options(&self, n_ctx: Option<usize>, n_threads: Threads) -> Result<Options> {
+        self.options_of(self.one_engine()?, n_ctx, n_threads)
+    }
+
+    fn options_of(
+        &self,
+        engine: Kind,
+        n_ctx: Option<usize>,
+        n_threads: Threads,
+    ) -> Result<Options> {
         self.set_level()?;
         Ok(Options {
             n_ctx,
@@ -554,7 +574,7 @@ impl RunArgs {
             pin: self.pin(),
             exact: self.exact,
             cache: (self.cache_type_k, self.cache_type_v),
-            engine: self.one_engine()?,
+            engine,
             devices: self.devices(),
         })
     }

@@ -22,6 +22,11 @@ impl Rows<'_> {
     fn value(&self, name: &str) -> f32 {
         self.choice.value(name).unwrap_or(0.0)
     }
+
+    /// The value of a parameter that all kinds have.
+    fn common(&self, name: &str) -> f32 {
+        self.choice.common(name).unwrap_or(0.0)
+    }
 }
 
 impl Pass<'_> {
@@ -37,7 +42,7 @@ impl Pass<'_> {
         let is_one = attention.normalizers().iter().all(|other| other.text() == choice.text());
         let n = self.graph.shape(scores).dims[1];
         let rows = Rows { layer, first, n, choice };
-        if !is_one || !attention.slopes().is_empty() || rows.value("sinks") > 0.0 {
+        if !is_one || !attention.slopes().is_empty() || rows.common("sinks") > 0.0 {
             return None;
         }
         let x = match attention.softcap() {
@@ -49,8 +54,8 @@ impl Pass<'_> {
             Some(w) => w,
             None => self.pointwise(&rows, x)?,
         };
-        let w = if rows.value("renorm") == 1.0 { self.divided(w, w, true) } else { w };
-        Some(match rows.value("gain") {
+        let w = if rows.common("renorm") == 1.0 { self.divided(w, w, true) } else { w };
+        Some(match rows.common("gain") {
             1.0 => w,
             gain => self.graph.scale(w, gain, 0.0),
         })
@@ -58,7 +63,7 @@ impl Pass<'_> {
 
     /// `(scale + scale_n ln n) x + offset + offset_n ln n`
     fn common(&mut self, rows: &Rows, x: Tensor) -> Tensor {
-        let value = |name| rows.value(name);
+        let value = |name| rows.common(name);
         let (scale, offset) = (value("scale"), value("offset"));
         let (scale_n, offset_n) = (value("scale_n"), value("offset_n"));
         if scale_n == 0.0 && offset_n == 0.0 {

@@ -243,6 +243,12 @@ impl Choice {
         Some(self.values[at])
     }
 
+    /// The value of one of [`COMMON`], if there is one of this name: kinds may use the name themselves.
+    pub fn common(&self, name: &str) -> Option<f32> {
+        let at = COMMON.iter().position(|p| p.name == name)?;
+        Some(self.values[self.kind.params.len() + at])
+    }
+
     /// The kind.
     pub fn kind(&self) -> &'static Kind {
         self.kind

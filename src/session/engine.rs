@@ -8,7 +8,9 @@ use crate::bad_usage;
 #[cfg(feature = "ggml")]
 use crate::cpu::threads::cores;
 use crate::cpu::{self, KvCache, Observer};
-use crate::engine::{Asked, CacheType, Kind, Threads};
+#[cfg(feature = "ggml")]
+use crate::engine::Kind;
+use crate::engine::{Asked, CacheType, Threads};
 use crate::error::Result;
 #[cfg(feature = "ggml")]
 use crate::ggml;

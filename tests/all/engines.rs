@@ -77,9 +77,15 @@ fn in_floats(model: &Model) -> Model {
     floats
 }
 
-/// Divergence between engines over tokens that are read as a prompt, in part, and then one by one.
+/// Divergence between engines.
 fn between(model: &Arc<Model>, tokens: &[u32], exact: bool) -> f64 {
-    let of = |engine| {
+    distance(model, tokens, [(Kind::Cpu, exact), (Kind::Ggml, exact)])
+}
+
+/// Divergence between engines that are exact, or not, over tokens that are read as a prompt, in part,
+/// and then one by one.
+fn distance(model: &Arc<Model>, tokens: &[u32], [a, b]: [(Kind, bool); 2]) -> f64 {
+    let of = |(engine, exact)| {
         // Some masks read a prompt twice.
         let n_ctx = model.hparams.within_positions(3 * tokens.len() / 2);
         let mut session = session(engine, model, n_ctx, exact);
@@ -98,7 +104,7 @@ fn between(model: &Arc<Model>, tokens: &[u32], exact: bool) -> f64 {
         logits.extend(session.logits());
         logits
     };
-    divergence(&of(Kind::Cpu), &of(Kind::Ggml), model.hparams.n_vocab)
+    divergence(&of(a), &of(b), model.hparams.n_vocab)
 }
 
 #[test]
@@ -109,9 +115,15 @@ fn every_architecture_computes_the_same() {
         let floats = Arc::new(in_floats(&golden.model));
         let as_floats = between(&floats, &golden.tokens, true);
         let as_it_is = between(&golden.model, &golden.tokens, false);
-        eprintln!("{}: {as_floats:.1e} in floats, {as_it_is:.1e} as it is", golden.name);
+        // What rounding activations does to a model as small as this.
+        let noise = [(Kind::Cpu, true), (Kind::Cpu, false)];
+        let noise = distance(&golden.model, &golden.tokens, noise);
+        eprintln!(
+            "{}: {as_floats:.1e} in floats; as it is {as_it_is:.1e}, of {noise:.1e} by rounding",
+            golden.name
+        );
         // Not `>`, which NaN would pass.
-        if !(as_floats <= 1e-5 && as_it_is <= 1e-3) {
+        if !(as_floats <= 1e-5 && as_it_is <= f64::max(1e-3, 2.0 * noise)) {
             failed.push(&golden.name);
         }
     }

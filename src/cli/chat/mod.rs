@@ -243,6 +243,7 @@ impl Talk {
     }
 
     fn times(&self) -> Result<()> {
+        self.chat.session().notes().iter().for_each(|text| note(&format!("[{text}]")));
         if let Some((reply, times)) = &self.last {
             let rate = reply.n_reply.saturating_sub(1) as f64 / times.rest.as_secs_f64();
             note(&format!(
