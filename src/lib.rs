@@ -9,6 +9,8 @@ pub mod attention;
 pub mod cli;
 pub mod cpu;
 pub mod error;
+#[cfg(feature = "ggml")]
+pub mod ggml;
 pub mod gguf;
 pub mod mask;
 pub mod measure;

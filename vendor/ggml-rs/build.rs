@@ -33,8 +33,10 @@ fn main() {
 fn build() -> Result<()> {
     let source = source()?;
     let out = PathBuf::from(var("OUT_DIR")?);
-    bindings(&source.join("include"), &out)?;
-    if env::var_os("QKOV_GGML_CHECK").is_none() {
+    let is_checked_only = env::var_os("QKOV_GGML_CHECK").is_some();
+    let system = is_checked_only.then(|| var("HOST")).transpose()?;
+    bindings(&source.join("include"), &out, system)?;
+    if !is_checked_only {
         let lib = compile(&source, &out)?;
         link(&lib)?;
     }
@@ -161,13 +163,14 @@ fn link(lib: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes bindings of everything that headers name.
-fn bindings(include: &Path, out: &Path) -> Result<()> {
+/// Writes bindings of everything that headers name. `system`: whose headers of C are read, if that is
+/// not the target, for which there may be none here.
+fn bindings(include: &Path, out: &Path, system: Option<String>) -> Result<()> {
     let make = || {
         let mut builder = bindgen::Builder::default()
             .header("wrapper.h")
             .clang_arg(format!("-I{}", include.display()))
-            .allowlist_item("(ggml|GGML)_.*")
+            .allowlist_item("(ggml|GGML|RPC_PROTO)_.*")
             .opaque_type("_IO_FILE|FILE|ggml_cgraph|ggml_gallocr|ggml_backend_graph_copy")
             .blocklist_item("GGML_RESTRICT")
             .generate_comments(false)
@@ -176,6 +179,9 @@ fn bindings(include: &Path, out: &Path) -> Result<()> {
             .prepend_enum_name(false);
         if has("rpc") {
             builder = builder.clang_arg("-DQKOV_RPC");
+        }
+        if let Some(system) = &system {
+            builder = builder.clang_arg(format!("--target={system}"));
         }
         // A libclang alone has no headers of its own; a compiler that is here has them.
         for compiler in ["clang", "gcc"] {

@@ -1,0 +1,5 @@
+//! The second engine: ggml.
+
+pub mod devices;
+#[cfg(feature = "rpc")]
+pub mod worker;
