@@ -51,7 +51,7 @@ impl Format {
             Scales::Digits(places) => blocks.for_each(|block| {
                 let bits = half(size / 16.0, block[0]).to_bits();
                 for (i, at) in places.into_iter().enumerate() {
-                    block[at] = block[at] & 15 | (bits >> (4 * i) & 15) as u8 * 16;
+                    block[at] = block[at] & 15 | ((bits >> (4 * i) & 15) as u8) << 4;
                 }
             }),
             Scales::Exponent => blocks.for_each(|block| {
@@ -59,7 +59,7 @@ impl Format {
             }),
             Scales::Bytes(n) => blocks.for_each(|block| {
                 let exponent = (5.0 + size.log2()).max(0.0) as u8;
-                block[..n].iter_mut().for_each(|scale| *scale = exponent * 8 | *scale & 7);
+                block[..n].iter_mut().for_each(|scale| *scale = exponent << 3 | *scale & 7);
             }),
         }
         row

@@ -1,5 +1,6 @@
 //! Workers on this machine, in processes of their own: what they compute, and what happens without them.
 #![cfg(feature = "rpc")]
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 use std::env;
 use std::io::Read;
