@@ -113,7 +113,11 @@ fn compile(source: &Path, out: &Path) -> Result<PathBuf> {
         config.define(key, on(yes));
     }
     let built = panic::catch_unwind(panic::AssertUnwindSafe(|| config.build()));
-    let built = built.map_err(|_| "ggml could not be compiled: see CMake's output above")?;
+    // Cargo keeps what this program prints there, and shows none of it.
+    let said = out.parent().unwrap_or(out).display();
+    let built = built.map_err(|_| {
+        format!("ggml could not be compiled; what CMake said is in {said}/output and {said}/stderr")
+    })?;
     Ok(built.join("lib"))
 }
 
