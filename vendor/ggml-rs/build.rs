@@ -9,7 +9,7 @@ use std::env;
 use std::fs;
 use std::panic;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{self, Command};
 
 /// What to install where something is missing.
 const INSTALL: &str = "install it with: \
@@ -113,11 +113,11 @@ fn compile(source: &Path, out: &Path) -> Result<PathBuf> {
         config.define(key, on(yes));
     }
     let built = panic::catch_unwind(panic::AssertUnwindSafe(|| config.build()));
-    // Cargo keeps what this program prints there, and shows none of it.
-    let said = out.parent().unwrap_or(out).display();
-    let built = built.map_err(|_| {
-        format!("ggml could not be compiled; what CMake said is in {said}/output and {said}/stderr")
-    })?;
+    let Ok(built) = built else {
+        println!("cargo::error=ggml could not be compiled; what CMake said follows");
+        // Cargo shows it only then.
+        process::exit(1);
+    };
     Ok(built.join("lib"))
 }
 
