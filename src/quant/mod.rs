@@ -103,7 +103,7 @@ pub enum Scales {
     None,
     /// Half-precision ones, at these bytes.
     Halves(&'static [usize]),
-    /// The same, of elements that are a few times as large at most.
+    /// The same, where elements are a few times as large at most.
     Units(&'static [usize]),
     /// A half-precision one whose digits to base 16 are the upper halves of these bytes, lowest first.
     Digits([usize; 4]),

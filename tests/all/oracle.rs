@@ -137,7 +137,9 @@ fn products_are_as_near_as_those_of_ggml() {
         failed |= ![a, b, c].iter().all(|e| *e < allowed);
         // Beside the definition, only activations are rounded.
         let [b, c] = [ours, theirs].map(|y| error(y, f64::from(plain)));
-        assert!(b < 1e-3 && c < 1e-3, "{name}: {b} {c} from {plain}");
+        let apart = error(ours, f64::from(theirs));
+        println!("         from plain: engine {b:.6}, ggml {c:.6}; from each other {apart:.6}");
+        assert!([b, c, apart].iter().all(|e| *e < 5e-4), "{name}: {b} {c} {apart}");
     }
     assert!(!failed);
 }
