@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use clap::Args;
 use serde_json::{Map, Value as Json, json};
 
-use super::Run;
 use super::circuits::{Heads, write_dense};
 use super::options::ModelArgs;
 use super::terminal::{note, print, print_json};
+use super::{Run, devices};
 use crate::arch::Hparams;
 use crate::attention::Attention;
 use crate::error::{Result, escaped};
@@ -29,6 +29,9 @@ pub(super) struct Inspect {
     /// Prints the chat template and nothing else
     #[arg(long, conflicts_with_all = ["json", "tensors"])]
     template: bool,
+    /// Lists what can compute here, and nothing of a file
+    #[arg(long, conflicts_with_all = ["tensors", "template", "model", "lora", "heads"])]
+    devices: bool,
     #[command(flatten)]
     heads: Heads,
 }
@@ -43,6 +46,9 @@ impl Run for Inspect {
     const ABOUT: &'static str = "Show metadata, tensors, attention geometry and template of a file";
 
     fn run(self) -> Result<()> {
+        if self.devices {
+            return devices::show(self.json);
+        }
         let gguf = self.model.gguf()?;
         gguf.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         if self.template {

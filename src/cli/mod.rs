@@ -6,6 +6,7 @@ mod calibrate;
 mod chat;
 mod circuits;
 mod compare;
+mod devices;
 mod embed;
 mod eval;
 mod forms;
@@ -18,6 +19,8 @@ mod merge;
 mod norms;
 mod options;
 mod patterns;
+#[cfg(feature = "rpc")]
+mod rpc_worker;
 mod sampling;
 mod template;
 mod terminal;
@@ -70,11 +73,14 @@ static COMMANDS: &[Entry] = &[
     entry::<inspect::Inspect>(),
     entry::<tokenize::Tokenize>(),
     entry::<template::Template>(),
+    #[cfg(feature = "rpc")]
+    entry::<rpc_worker::RpcWorker>(),
 ];
 
 fn command() -> Command {
     Command::new("qkov")
         .version(concat!(env!("CARGO_PKG_VERSION"), " (", env!("QKOV_REVISION"), ")"))
+        .long_version(devices::VERSION.as_str())
         .about("Runs local language models, and measures what is inside a head.")
         .subcommand_required(true)
         .arg_required_else_help(true)
@@ -83,6 +89,14 @@ fn command() -> Command {
 
 /// Runs the program with the process's arguments; messages go to stderr.
 pub fn run() -> ExitCode {
+    #[cfg(feature = "ggml")]
+    crate::ggml::devices::tell(
+        |warning| terminal::note(&format!("warning: ggml: {warning}")),
+        |end| {
+            terminal::note(&format!("error: ggml: {end}"));
+            std::process::exit(1)
+        },
+    );
     // The exit code of a usage error is clap's, 2.
     let matches = command().get_matches();
     let result = match matches.subcommand() {

@@ -2,12 +2,15 @@
 
 mod attend;
 mod compose;
+pub mod devices;
 mod engine;
 mod experts;
 mod latent;
 mod pass;
 mod weigh;
 mod weights;
+#[cfg(feature = "rpc")]
+pub mod worker;
 
 pub use engine::{Engine, Setup};
 

@@ -32,12 +32,18 @@ pub struct Linear {
 pub(super) fn format_of(tensor: &Tensor) -> Result<&'static Format> {
     match quant::format_of(tensor.ty.id) {
         Some(format) => Ok(format),
-        None => bad_file!(
-            "tensor \"{}\" is {}, which cannot be computed with; readable: {}",
-            excerpt(&tensor.name),
-            tensor.ty.name,
-            quant::readable()
-        ),
+        None => {
+            let why = match quant::is_rare(tensor.ty) {
+                true => "which only a build with the feature ggml reads",
+                false => "which cannot be computed with",
+            };
+            bad_file!(
+                "tensor \"{}\" is {}, {why}; readable: {}",
+                excerpt(&tensor.name),
+                tensor.ty.name,
+                quant::readable()
+            )
+        }
     }
 }
 

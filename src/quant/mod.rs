@@ -8,6 +8,8 @@ mod k;
 mod legacy;
 mod mxfp4;
 mod random;
+#[cfg(feature = "ggml")]
+mod rare;
 
 use crate::simd;
 
@@ -65,6 +67,13 @@ pub static TYPES: &[Type] = &[
     ty(39, "MXFP4", 32, 17),
     ty(40, "NVFP4", 64, 36),
     ty(41, "Q1_0", 128, 18),
+    ty(42, "Q2_0", 64, 18),
+];
+
+/// Types that ggml reads for us, where it is built in.
+const RARE: [&str; 12] = [
+    "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "NVFP4",
+    "Q1_0", "Q2_0",
 ];
 
 /// The type with this number, if there is one.
@@ -94,8 +103,14 @@ pub enum Scales {
     None,
     /// Half-precision ones, at these bytes.
     Halves(&'static [usize]),
+    /// The same, where elements are a few times as large at most.
+    Units(&'static [usize]),
+    /// A half-precision one whose digits to base 16 are the upper halves of these bytes, lowest first.
+    Digits([usize; 4]),
     /// A power of two, whose exponent is the first byte.
     Exponent,
+    /// 8-bit ones without a sign, 4 bits of exponent and 3 more (UE4M3): as many first bytes.
+    Bytes(usize),
 }
 
 /// The type of this name; the program does not compile with a name that is not in the table.
@@ -133,6 +148,30 @@ pub static FORMATS: &[Format] = &[
     format("IQ4_NL", Scales::Halves(&[0]), iq4::iq4_nl),
     format("IQ4_XS", Scales::Halves(&[0]), iq4::iq4_xs),
     format("MXFP4", Scales::Exponent, mxfp4::mxfp4),
+    #[cfg(feature = "ggml")]
+    format("IQ2_XXS", Scales::Halves(&[0]), rare::read::<16>),
+    #[cfg(feature = "ggml")]
+    format("IQ2_XS", Scales::Halves(&[0]), rare::read::<17>),
+    #[cfg(feature = "ggml")]
+    format("IQ2_S", Scales::Halves(&[0]), rare::read::<22>),
+    #[cfg(feature = "ggml")]
+    format("IQ3_XXS", Scales::Halves(&[0]), rare::read::<18>),
+    #[cfg(feature = "ggml")]
+    format("IQ3_S", Scales::Halves(&[0]), rare::read::<21>),
+    #[cfg(feature = "ggml")]
+    format("IQ1_S", Scales::Halves(&[0]), rare::read::<19>),
+    #[cfg(feature = "ggml")]
+    format("IQ1_M", Scales::Digits([49, 51, 53, 55]), rare::read::<29>),
+    #[cfg(feature = "ggml")]
+    format("TQ1_0", Scales::Units(&[52]), rare::read::<34>),
+    #[cfg(feature = "ggml")]
+    format("TQ2_0", Scales::Units(&[64]), rare::read::<35>),
+    #[cfg(feature = "ggml")]
+    format("NVFP4", Scales::Bytes(4), rare::read::<40>),
+    #[cfg(feature = "ggml")]
+    format("Q1_0", Scales::Units(&[0]), rare::read::<41>),
+    #[cfg(feature = "ggml")]
+    format("Q2_0", Scales::Units(&[0]), rare::read::<42>),
 ];
 
 /// The format with this number, if it can be read.
@@ -148,6 +187,11 @@ pub fn format_named(name: &str) -> Option<&'static Format> {
 /// The names of all readable formats.
 pub fn readable() -> String {
     FORMATS.iter().map(|f| f.ty.name).collect::<Vec<_>>().join(", ")
+}
+
+/// Whether a build with the feature `ggml` reads a type, and any other does not.
+pub fn is_rare(ty: &Type) -> bool {
+    RARE.contains(&ty.name)
 }
 
 impl Format {

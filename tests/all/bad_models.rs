@@ -290,6 +290,25 @@ fn tensors_that_do_not_fit() {
 }
 
 #[test]
+#[cfg(not(feature = "ggml"))]
+fn types_that_ggml_reads() {
+    use qkov::quant::{TYPES, is_rare};
+
+    let rare: Vec<_> = TYPES.iter().filter(|ty| is_rare(ty)).collect();
+    assert_eq!(rare.len(), 12);
+    for ty in rare {
+        let name = "blk.0.ffn_down.weight";
+        let part =
+            format!("tensor \"{name}\" is {}, which only a build with the feature ggml", ty.name);
+        let blocks = vec![0; 8 * 256 / ty.block_len * ty.block_bytes];
+        let tiny = Tiny::llama().set("llama.feed_forward_length", 256);
+        let tiny = tiny.tensor("blk.0.ffn_gate.weight", &[8, 256]);
+        let tiny = tiny.tensor("blk.0.ffn_up.weight", &[8, 256]);
+        says(ty.name, model(tiny.tensor_of(name, ty.id, &[256, 8], blocks).bytes()), &[&part]);
+    }
+}
+
+#[test]
 fn models_against_their_metadata() {
     for n in [3, 1024] {
         let more = Tiny::llama().set("llama.block_count", n);

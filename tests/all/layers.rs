@@ -139,6 +139,19 @@ fn only_the_edges_touch_the_outside() {
     });
 }
 
+/// What runs on ggml is in one place, beside the types that it reads for all.
+#[test]
+fn one_place_names_ggml() {
+    each_source(|module, path, source| {
+        let ours = ["crate::", "super::"];
+        let mut names = source.match_indices("ggml::").map(|(at, _)| &source[..at]);
+        let is_named = names.any(|before| !ours.iter().any(|our| before.ends_with(our)))
+            || source.contains("use ggml");
+        let may = module == "ggml" || path.ends_with("quant/rare.rs");
+        assert!(may || !is_named, "{} names the crate ggml", path.display());
+    });
+}
+
 #[test]
 fn files_stay_readable() {
     each_source(|_, path, source| {

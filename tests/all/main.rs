@@ -14,6 +14,7 @@ mod choose;
 mod circuits;
 mod cli;
 mod compare;
+mod devices;
 mod embed;
 #[cfg(feature = "ggml")]
 mod engines;
@@ -28,6 +29,8 @@ mod masks;
 mod mutations;
 mod normalizers;
 mod observe;
+#[cfg(feature = "ggml")]
+mod oracle;
 mod quality;
 mod quant;
 mod sampler;

@@ -10,7 +10,7 @@ use std::env;
 use std::fs;
 use std::panic;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{self, Command};
 
 /// What to install where something is missing.
 const INSTALL: &str = "install it with: \
@@ -34,15 +34,15 @@ fn main() {
 fn build() -> Result<()> {
     let source = source()?;
     let out = PathBuf::from(var("OUT_DIR")?);
-    bindings(&source.join("include"), &out)?;
+    let is_checked_only = env::var_os("QKOV_GGML_CHECK").is_some();
+    let system = is_checked_only.then(|| var("HOST")).transpose()?;
+    bindings(&source.join("include"), &out, system)?;
     if let Ok(lib) = env::var("QKOV_GGML_LIB") {
         println!("cargo::rustc-link-search=native={lib}");
         for name in ["ggml", "ggml-cpu", "ggml-base"] {
             println!("cargo::rustc-link-lib=dylib={name}");
         }
-        return Ok(());
-    }
-    if env::var_os("QKOV_GGML_CHECK").is_none() {
+    } else if !is_checked_only {
         let lib = compile(&source, &out)?;
         link(&lib)?;
     }
@@ -119,7 +119,11 @@ fn compile(source: &Path, out: &Path) -> Result<PathBuf> {
         config.define(key, on(yes));
     }
     let built = panic::catch_unwind(panic::AssertUnwindSafe(|| config.build()));
-    let built = built.map_err(|_| "ggml could not be compiled: see CMake's output above")?;
+    let Ok(built) = built else {
+        println!("cargo::error=ggml could not be compiled; what CMake said follows");
+        // Cargo shows it only then.
+        process::exit(1);
+    };
     Ok(built.join("lib"))
 }
 
@@ -169,13 +173,14 @@ fn link(lib: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes bindings of everything that headers name.
-fn bindings(include: &Path, out: &Path) -> Result<()> {
+/// Writes bindings of everything that headers name. `system`: whose headers of C are read, if that is
+/// not the target, for which there may be none here.
+fn bindings(include: &Path, out: &Path, system: Option<String>) -> Result<()> {
     let make = || {
         let mut builder = bindgen::Builder::default()
             .header("wrapper.h")
             .clang_arg(format!("-I{}", include.display()))
-            .allowlist_item("(ggml|GGML)_.*")
+            .allowlist_item("(ggml|GGML|RPC_PROTO)_.*")
             .opaque_type("_IO_FILE|FILE|ggml_cgraph|ggml_gallocr|ggml_backend_graph_copy")
             .blocklist_item("GGML_RESTRICT")
             .generate_comments(false)
@@ -184,6 +189,9 @@ fn bindings(include: &Path, out: &Path) -> Result<()> {
             .prepend_enum_name(false);
         if has("rpc") {
             builder = builder.clang_arg("-DQKOV_RPC");
+        }
+        if let Some(system) = &system {
+            builder = builder.clang_arg(format!("--target={system}"));
         }
         // A libclang alone has no headers of its own; a compiler that is here has them.
         for compiler in ["clang", "gcc"] {

@@ -10,7 +10,7 @@ use qkov::gguf::{Bytes, Data, Gguf, Value, ValueType, Writer};
 use qkov::quant::TYPES;
 
 /// Types that gguf-rs does not know.
-const TOO_NEW: [&str; 2] = ["NVFP4", "Q1_0"];
+const TOO_NEW: [&str; 3] = ["NVFP4", "Q1_0", "Q2_0"];
 
 fn theirs(bytes: &[u8]) -> GGUFModel {
     let mut reader = Cursor::new(bytes.to_vec());

@@ -69,6 +69,26 @@ fn text(s: *const c_char) -> String {
     unsafe { CStr::from_ptr(s) }.to_string_lossy().into_owned()
 }
 
+static LAST: OnceLock<fn(&str) -> !> = OnceLock::new();
+
+/// Gives the last words of ggml to `last` where it ends the process: of wrong shapes, out of memory on
+/// some devices, and where a worker is gone. `last` is called by any thread. Only the first call counts.
+pub fn abort_to(last: fn(&str) -> !) {
+    unsafe extern "C" fn pass(message: *const c_char) {
+        let message = text(message);
+        // It begins with a file's path.
+        let (path, rest) = message.split_once(": ").unwrap_or(("", &message));
+        let place = path.rsplit('/').next().unwrap_or_default();
+        if let Some(last) = LAST.get() {
+            last(&format!("{} ({place})", rest.trim_end()));
+        }
+    }
+    if LAST.set(last).is_ok() {
+        // SAFETY: the callback lives as long as the program.
+        unsafe { sys::ggml_set_abort_callback(Some(pass)) };
+    }
+}
+
 static LOG: OnceLock<fn(&str)> = OnceLock::new();
 
 /// Gives warnings and errors of ggml to `log`, line by line, and drops everything else that it says.

@@ -1,0 +1,88 @@
+//! What the program says of engines and devices, and how it lends them.
+
+use crate::cli::{code_and_text, ok};
+
+#[test]
+fn version_names_engines() {
+    let text = ok(&["--version"], "");
+    let engines = text.lines().nth(1).unwrap();
+    match cfg!(feature = "ggml") {
+        true => assert!(engines.starts_with("engines: cpu, ggml 0."), "{text}"),
+        false => assert_eq!(engines, "engines: cpu"),
+    }
+    assert_eq!(ok(&["-V"], "").lines().count(), 1);
+}
+
+#[test]
+fn inspect_lists_devices() {
+    let (code, text) = code_and_text(&["inspect", "--devices"]);
+    assert_eq!(code, 0, "{text}");
+    let json: serde_json::Value =
+        serde_json::from_str(&ok(&["inspect", "--devices", "--json"], "")).unwrap();
+    let devices = json.as_array().unwrap();
+    assert_eq!((&devices[0]["engine"], &devices[0]["kind"]), (&"cpu".into(), &"CPU".into()));
+    match cfg!(feature = "ggml") {
+        true => {
+            let cpu = devices.iter().find(|d| d["engine"] == "ggml" && d["name"] == "CPU").unwrap();
+            let memory = |key: &str| cpu[key].as_u64().unwrap();
+            assert!(memory("memory_total") >= memory("memory_free"), "{cpu}");
+            assert!(memory("memory_total") > 1 << 28, "{cpu}");
+            assert_eq!(text.lines().count(), 1 + devices.len(), "{text}");
+        }
+        false => {
+            assert_eq!(devices.len(), 1);
+            assert!(text.contains("cargo build --release --features ggml"), "{text}");
+        }
+    }
+}
+
+#[cfg(feature = "rpc")]
+mod lent {
+    use std::net::TcpListener;
+    use std::process::{Command, Stdio};
+    use std::thread::sleep;
+    use std::time::Duration;
+
+    use super::code_and_text;
+    use crate::cli::error;
+
+    #[test]
+    fn what_cannot_be_lent() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port().to_string();
+        let line = error(&["rpc-worker", "--port", &port], 1);
+        assert_eq!(line.lines().count(), 1, "{line}");
+        let part = format!("error: 127.0.0.1:{port} cannot be listened at: ");
+        assert!(line.starts_with(&part), "{line}");
+        let line = error(&["rpc-worker", "--port", &port, "--device", "CPU,NONE"], 2);
+        assert!(
+            line.contains("--device NONE: not here; allowed ") && line.contains("CPU"),
+            "{line}"
+        );
+        let everywhere = TcpListener::bind("0.0.0.0:0").unwrap();
+        let port = everywhere.local_addr().unwrap().port().to_string();
+        let (code, text) = code_and_text(&["rpc-worker", "--host", "0.0.0.0", "--port", &port]);
+        assert_eq!(code, 1, "{text}");
+        assert!(text.starts_with("warning: whoever reaches 0.0.0.0:"), "{text}");
+    }
+
+    #[test]
+    fn the_processor_is_lent() {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let mut worker = Command::new(env!("CARGO_BIN_EXE_qkov"))
+            .args(["rpc-worker", "-t", "1", "--port", &free.port().to_string()])
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let tries = (0..250).map(|_| {
+            sleep(Duration::from_millis(20));
+            ggml::add_server(&free.to_string())
+        });
+        let devices = tries.flatten().next();
+        let memory = devices.as_ref().map(|d| d[0].memory());
+        worker.kill().unwrap();
+        worker.wait().unwrap();
+        assert_eq!(devices.map(|d| d.len()), Some(1));
+        assert!(memory.is_some_and(|(_, total)| total > 1 << 28), "{memory:?}");
+    }
+}
