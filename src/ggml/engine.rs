@@ -60,13 +60,24 @@ struct Last {
     out: Option<ggml::Tensor>,
 }
 
-/// Devices that layers may be on; the processor comes last.
+/// Devices that layers may be on: those that were asked for, or else all that are not the processor's,
+/// of this machine and of workers. The processor comes last.
 fn chosen(wanted: &Devices) -> Result<Vec<Device>> {
-    for worker in &wanted.workers {
-        add_worker(worker)?;
-    }
-    let all = ggml::devices();
     let mut found = Vec::new();
+    for worker in &wanted.workers {
+        found.extend(of_worker(worker)?);
+    }
+    let own: Vec<Device> = ggml::devices().into_iter().filter(|d| !d.is_remote()).collect();
+    let all: Vec<Device> = own.iter().chain(&found).copied().collect();
+    if wanted.names.is_empty() {
+        let of = |kind| own.iter().filter(move |d| d.kind() == kind).copied();
+        match of(Kind::Gpu).next() {
+            Some(_) => found.extend(of(Kind::Gpu)),
+            None => found.extend(of(Kind::IntegratedGpu).take(1)),
+        }
+    } else {
+        found.clear();
+    }
     for name in &wanted.names {
         match all.iter().find(|d| d.name().eq_ignore_ascii_case(name)) {
             Some(device) => found.push(*device),
@@ -76,14 +87,7 @@ fn chosen(wanted: &Devices) -> Result<Vec<Device>> {
             }
         }
     }
-    if found.is_empty() {
-        let of = |kind| all.iter().filter(move |d| d.kind() == kind).copied();
-        found.extend(of(Kind::Gpu));
-        if found.is_empty() {
-            found.extend(of(Kind::IntegratedGpu).take(1));
-        }
-    }
-    found.retain(|d| d.kind() != Kind::Cpu && d.kind() != Kind::Accelerator);
+    found.retain(|d| !matches!(d.kind(), Kind::Cpu | Kind::Accelerator));
     if wanted.n_layers == Some(0) {
         found.clear();
     }
@@ -92,12 +96,12 @@ fn chosen(wanted: &Devices) -> Result<Vec<Device>> {
 }
 
 #[cfg(feature = "rpc")]
-fn add_worker(address: &str) -> Result<()> {
-    ggml::add_server(address).map(|_| ()).map_err(fault)
+fn of_worker(address: &str) -> Result<Vec<Device>> {
+    ggml::add_server(address).map_err(fault)
 }
 
 #[cfg(not(feature = "rpc"))]
-fn add_worker(address: &str) -> Result<()> {
+fn of_worker(address: &str) -> Result<Vec<Device>> {
     bad_usage!("worker {address}: this build knows no workers; build with --features rpc")
 }
 

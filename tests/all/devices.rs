@@ -38,13 +38,13 @@ fn inspect_lists_devices() {
 
 #[cfg(feature = "rpc")]
 mod lent {
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
     use std::process::{Command, Stdio};
     use std::thread::sleep;
     use std::time::Duration;
 
     use super::code_and_text;
-    use crate::cli::error;
+    use crate::cli::{error, ok};
 
     #[test]
     fn what_cannot_be_lent() {
@@ -64,6 +64,45 @@ mod lent {
         let (code, text) = code_and_text(&["rpc-worker", "--host", "0.0.0.0", "--port", &port]);
         assert_eq!(code, 1, "{text}");
         assert!(text.starts_with("warning: whoever reaches 0.0.0.0:"), "{text}");
+    }
+
+    /// A worker at a free port of this machine.
+    struct Worker(std::process::Child, String);
+
+    impl Worker {
+        fn start() -> Worker {
+            let at = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+            let mut command = Command::new(env!("CARGO_BIN_EXE_qkov"));
+            command.args(["rpc-worker", "-t", "1", "--port", &at.port().to_string()]);
+            let worker = Worker(command.stdout(Stdio::null()).spawn().unwrap(), at.to_string());
+            // A connection that says nothing is a client that leaves.
+            while TcpStream::connect(at).is_err() {
+                sleep(Duration::from_millis(20));
+            }
+            worker
+        }
+    }
+
+    impl Drop for Worker {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn two_workers_share_a_model() {
+        let workers = [Worker::start(), Worker::start()];
+        let both = workers.each_ref().map(|w| &w.1[..]).join(",");
+        let alone =
+            ["generate", "-p", "The rain", "-n", "24", "--temp", "0", "-t", "1", "-c", "64"];
+        let args = [&alone[..], &["--engine", "ggml", "--verbose", "--rpc", &both]].concat();
+        let (code, text) = code_and_text(&args);
+        assert_eq!(code, 0, "{text}");
+        assert!(text.contains(&ok(&alone, "")), "{text}");
+        for device in ["on RPC0", "on RPC1"] {
+            assert!(text.contains(device), "{text}");
+        }
     }
 
     #[test]

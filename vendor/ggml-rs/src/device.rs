@@ -71,6 +71,16 @@ impl Device {
         }
     }
 
+    /// Whether it is a worker's.
+    pub fn is_remote(self) -> bool {
+        // SAFETY: devices and registries stay.
+        let name = unsafe {
+            let reg = sys::ggml_backend_dev_backend_reg(self.0.as_ptr());
+            text(sys::ggml_backend_reg_name(reg))
+        };
+        name == "RPC"
+    }
+
     /// Memory of this device.
     pub fn buffer_type(self) -> Result<BufferType> {
         // SAFETY: devices stay.
