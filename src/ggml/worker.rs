@@ -13,7 +13,7 @@ pub fn lend(address: SocketAddrV4, names: &[String], n_threads: usize) -> Result
     let all = ggml::devices();
     let mut devices = Vec::new();
     for name in names {
-        let Some(device) = all.iter().find(|d| d.name() == *name) else {
+        let Some(device) = all.iter().find(|d| d.name().eq_ignore_ascii_case(name)) else {
             let known: Vec<_> = all.iter().map(|d| d.name()).collect();
             bad_usage!("--device {name}: not here; allowed {}", known.join(", "));
         };

@@ -38,6 +38,7 @@ fn inspect_lists_devices() {
 
 #[cfg(feature = "rpc")]
 mod lent {
+    use std::io::Read;
     use std::net::{TcpListener, TcpStream};
     use std::process::{Command, Stdio};
     use std::thread::sleep;
@@ -123,5 +124,37 @@ mod lent {
         worker.wait().unwrap();
         assert_eq!(devices.map(|d| d.len()), Some(1));
         assert!(memory.is_some_and(|(_, total)| total > 1 << 28), "{memory:?}");
+    }
+
+    #[test]
+    fn a_program_says_that_its_worker_is_gone() {
+        let args = [
+            "generate",
+            "-p",
+            "The old man",
+            "-t",
+            "1",
+            "--ignore-eos",
+            "--engine",
+            "ggml",
+            "--rpc",
+        ];
+        assert!(error(&[&args[..], &["127.0.0.1:1"]].concat(), 1).contains("no worker answers"));
+        let worker = Worker::start();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_qkov"))
+            .args(args)
+            .arg(&worker.1)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut some = [0; 20];
+        child.stdout.as_mut().unwrap().read_exact(&mut some).unwrap();
+        drop(worker);
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        let last = stderr.lines().last().unwrap();
+        assert!(last.starts_with("error: ggml: Remote RPC server crashed"), "{stderr}");
     }
 }

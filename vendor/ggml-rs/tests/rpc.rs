@@ -84,7 +84,7 @@ impl Chain {
         for device in devices {
             let shape = Shape::matrix(Type::F32, 64, 64);
             let mut store = Store::new(device.buffer_type()?, &[shape], true)?;
-            store.set(0, &bytes(&floats(64 * 64)));
+            store.set(0, 0, &bytes(&floats(64 * 64)));
             let w = graph.stored(&Arc::new(store), 0);
             y = graph.mul_mat(w, y);
             products.push(y);
