@@ -13,7 +13,8 @@ use crate::ggml::worker::lend;
 
 #[derive(Args)]
 #[command(after_help = "\
-A worker serves one client at a time; others wait. It keeps nothing when a client leaves.
+A worker serves one client at a time; another is refused after five seconds. It keeps nothing when a
+client leaves.
 Where a worker dies or its network does, the client's process ends with an error and exit code 1, in
 the middle of whatever it does: ggml has no way to go on. A worker goes on when a client dies.
 The protocol has no password and no encryption, and trusts its peers: who reaches the port can read
