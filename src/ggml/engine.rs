@@ -268,7 +268,10 @@ impl Engine {
         }
     }
 
-    /// Runs `tokens` at the positions from `n_past` on, as [`crate::cpu::Engine::forward`] does.
+    /// Runs `tokens` at the positions from `n_past` on, which must fit the cache, and appends to `out`
+    /// what is asked of the tokens in `wanted`, indices into `tokens`: `[wanted, n_vocab]` or
+    /// `[wanted, n_embd]`. Positions in `prompt` are those of a prompt; if its tokens see later ones,
+    /// those must be in `tokens` too.
     pub fn forward(
         &mut self,
         model: &Model,

@@ -139,8 +139,8 @@ impl Weights {
         loader.target = placed.first().copied().unwrap_or(0);
         let embedding_norm = loader.norm_if(&model.embedding_norm)?;
         let mut layers = Vec::new();
-        for i in 0..model.layers.len() {
-            loader.target = placed[i];
+        for (i, target) in placed.iter().enumerate().take(model.layers.len()) {
+            loader.target = *target;
             layers.push(loader.layer(model, i, n_ctx, exact)?);
         }
         loader.target = placed.last().copied().unwrap_or(0);
@@ -149,7 +149,7 @@ impl Weights {
         let output = model.output.as_ref().map(|w| loader.matrix(w, None, product)).transpose()?;
         loader.check_room(reserved)?;
         let (n_bytes, n_products) = (loader.n_bytes, loader.n_products);
-        let (loaded, borrowed) = loader.load()?;
+        let [loaded, borrowed] = loader.load()?;
         Ok(Weights {
             loaded,
             borrowed,
@@ -469,14 +469,14 @@ impl Loader<'_> {
     }
 
     /// Loads everything: what goes to memory of its own, and what stays where it is.
-    fn load(self) -> Result<(Vec<Arc<Store>>, Vec<Arc<Store>>)> {
+    fn load(self) -> Result<[Vec<Arc<Store>>; 2]> {
         let mut loaded = Vec::new();
         for pool in self.pools {
             let mut store = Store::new(pool.memory, &pool.shapes, true).map_err(fault)?;
             pool.data.iter().enumerate().for_each(|(i, data)| data.write(&mut store, i));
             loaded.push(Arc::new(store));
         }
-        Ok((loaded, self.borrowed.into_iter().map(Arc::new).collect()))
+        Ok([loaded, self.borrowed.into_iter().map(Arc::new).collect()])
     }
 }
 

@@ -18,7 +18,7 @@ use crate::model::Model;
 
 pub(super) enum Engine {
     Cpu {
-        engine: cpu::Engine,
+        engine: Box<cpu::Engine>,
         cache: KvCache,
         /// Whether threads are pinned, and activations stay as they are.
         pin: bool,
@@ -53,7 +53,7 @@ impl Engine {
                 let cache = KvCache::new(geometry, n_ctx, options.cache)?;
                 let (pin, exact) = (options.pin, options.exact);
                 let engine = cpu::Engine::new(model, options.n_threads, pin, exact)?;
-                Ok(Engine::Cpu { engine, cache, pin, exact })
+                Ok(Engine::Cpu { engine: Box::new(engine), cache, pin, exact })
             }
         }
     }
@@ -64,7 +64,7 @@ impl Engine {
             Engine::Cpu { engine, cache, pin, exact } => {
                 let geometry = model.attention.iter().map(|a| a.geometry.clone());
                 let cache = KvCache::new(geometry, cache.n_ctx(), cache.types())?;
-                let engine = engine.again(model, *pin, *exact)?;
+                let engine = Box::new(engine.again(model, *pin, *exact)?);
                 Ok(Engine::Cpu { engine, cache, pin: *pin, exact: *exact })
             }
             #[cfg(feature = "ggml")]

@@ -98,6 +98,11 @@ impl Session {
             warnings
                 .push(format!("context {n_ctx} is longer than the {trained} tokens trained for"));
         }
+        if options.exact && options.engine == Kind::Ggml {
+            warnings.push(
+                "--exact is for the engine cpu: ggml rounds activations as its devices do".into(),
+            );
+        }
         let engine = engine::Engine::new(&model, options, n_ctx)?;
         let (tokens, prompts, logits) = (Vec::new(), Vec::new(), Vec::new());
         Ok(Session { model, engine, tokens, prompts, logits, warnings })
