@@ -283,6 +283,9 @@ impl RunArgs {
 
     /// A model in the form that takes least here.
     fn chosen(&self, mut model: Model, auto: Auto) -> Result<Model> {
+        if self.one_engine()? != Kind::Cpu {
+            bad_usage!("--form auto: it knows the times of the engine cpu only; name a form");
+        }
         let base = self.normalized(&model)?;
         model.set_plan(base.clone());
         let n_ctx = auto.n_ctx(&model);
@@ -348,7 +351,8 @@ impl RunArgs {
         }
         let (sequences, judge) = self.form_windows(&model)?;
         let n_ctx = judge.n_ctx;
-        let options = self.options(Some(n_ctx), self.one_threads()?)?;
+        // The engine that can be looked into.
+        let options = self.options_of(Kind::Cpu, Some(n_ctx), self.one_threads()?)?;
         let model = Arc::new(model);
         let mut session = Session::new(model.clone(), &options)?;
         let grams = self.grams(&mut session, &plan, &sequences)?;
