@@ -44,10 +44,11 @@ impl Run for Imatrix {
             bad_usage!("--out {}: the file exists; --force replaces it", self.out.display());
         }
         let text = read_text(Some(&self.file))?;
-        let model = self.run.open_any()?;
-        if !model.plan.other_forms(&model.trained).is_empty() {
-            bad_usage!("--form: importance is that of matrices in a file; `merge` writes one");
+        let file = self.run.model.open()?;
+        if !self.run.form_plan(&file)?.other_forms(&file.plan).is_empty() {
+            bad_usage!("--form: importance is that of matrices in a file, which `merge` writes");
         }
+        let model = self.run.open_any()?;
         let n_ctx = self.run.ctx.unwrap_or(DEFAULT_CHUNK.min(model.hparams.n_ctx_train));
         let tokens = model.tokenizer.encode(&text, true, false)?;
         let mut chunks = chunks(&tokens, n_ctx, &model.tokenizer)?;
