@@ -1,5 +1,5 @@
 //! Quantized files: every kind against ggml row by row, and mixes against llama.cpp's
-//! (`tests/golden/mixes.txt`, made with `llama_model_quantize` of files of the shapes below).
+//! (`tests/golden/mixes.txt`, which `mixes` of `benches/peer` prints).
 
 use std::collections::HashMap;
 use std::sync::Arc;
