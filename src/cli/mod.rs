@@ -12,6 +12,7 @@ mod eval;
 mod forms;
 mod generate;
 mod heads;
+mod imatrix;
 mod inspect;
 mod list;
 mod masks;
@@ -19,6 +20,8 @@ mod merge;
 mod norms;
 mod options;
 mod patterns;
+#[cfg(feature = "ggml")]
+mod quantize;
 #[cfg(feature = "rpc")]
 mod rpc_worker;
 mod sampling;
@@ -66,6 +69,9 @@ static COMMANDS: &[Entry] = &[
     entry::<compare::Compare>(),
     entry::<calibrate::Calibrate>(),
     entry::<merge::Merge>(),
+    entry::<imatrix::Imatrix>(),
+    #[cfg(feature = "ggml")]
+    entry::<quantize::Quantize>(),
     entry::<norms::Norms>(),
     entry::<masks::Masks>(),
     entry::<forms::Forms>(),

@@ -7,6 +7,7 @@
 use super::ffn::ffn_rows;
 use super::forward::{Buffers, Pass};
 use super::lora::{give_back, lower};
+use super::observe::Input;
 use super::products::{products, rows_per_task};
 use super::rows::Rows;
 use super::threads::Columns;
@@ -37,10 +38,11 @@ struct Group {
 }
 
 impl Buffers {
-    /// Adds what experts make of the normed residual stream to it.
+    /// Adds what experts of layer `i` make of the normed residual stream to it.
     pub(super) fn experts(
         &mut self,
         pass: &Pass,
+        i: usize,
         (w, layer): (&ExpertMatrices, &ExpertLayer),
         n: usize,
     ) {
@@ -65,6 +67,10 @@ impl Buffers {
             }
             group.up.resize(group.tokens.len(), n_ff);
             group.gate.resize(group.tokens.len() * n_ff, 0.0);
+        }
+        for group in &*groups {
+            let x = if is_all(group) { normed.seen() } else { group.x.seen() };
+            pass.show(i, Input::Expert(group.expert), x);
         }
         let mut n_low = 0;
         let parts: Vec<_> = groups
@@ -93,6 +99,9 @@ impl Buffers {
         drop(parts);
         give_back(threads, low);
         let (x, groups) = (Columns::new(x, n_embd), &*groups);
+        for group in groups {
+            pass.show(i, Input::ExpertHidden(group.expert), group.up.seen());
+        }
         let readers = groups.iter().map(|group| (&w.all[group.expert].down, group.up.view()));
         let low = lower(pass.crew, readers, threads);
         let n_rows = rows_per_task(pass.crew, n_embd);

@@ -9,7 +9,7 @@ use super::experts::ExpertBuffers;
 use super::kernels::{Copies, Scratch};
 use super::latent::{LatentBuffers, Tiles};
 use super::lora::{give_back, lower};
-use super::observe::Observer;
+use super::observe::{Input, Observer};
 use super::ops::{Rotation, Rotations, norm_row, norm_with};
 use super::products::{products, rows_per_task};
 use super::rows::Rows;
@@ -202,10 +202,15 @@ impl Buffers {
         self.embed(pass, tokens);
         let last = pass.model.layers.len() - 1;
         // After the last cache is filled, only tokens of which something is asked go on.
-        let early = !pass.observer.is_some_and(|o| o.wants(last) || o.wants_heads(last));
+        let looks = |o: &dyn Observer| o.wants(last) || o.wants_heads(last) || o.wants_inputs();
+        let early = !pass.observer.is_some_and(looks);
         for i in 0..=last {
             let rest = if i == last && early { wanted.clone() } else { 0..tokens.len() };
             self.layer(pass, i, cache, rest);
+        }
+        if pass.shows_inputs() {
+            self.norm(pass, pass.model.output_norm.as_ref(), Copies::default());
+            pass.show(0, Input::Output, self.normed.seen());
         }
         if !early {
             keep(&mut self.x, pass.model.hparams.n_embd, &wanted);
@@ -250,16 +255,19 @@ impl Buffers {
         if is_parallel && norm.is_some() {
             self.norm(pass, norm, w.ffn_copies());
         }
+        pass.show(i, Input::Heads, self.heads.seen());
         self.add_product(pass, &w.attn_output, Source::Heads, layer.post_attention_norm.as_ref());
         if !is_parallel {
             self.norm(pass, norm, w.ffn_copies());
         }
+        pass.show(i, Input::Ffn, self.normed.seen());
         if let Some(w) = &w.ffn {
             self.ffn(pass, w, rest.len());
+            self.show_hidden(pass, i);
             self.add_product(pass, &w.down, Source::Up, layer.post_ffw_norm.as_ref());
         }
         if let Some((w, layer)) = w.experts.as_ref().zip(layer.experts.as_ref()) {
-            self.experts(pass, (w, layer), rest.len());
+            self.experts(pass, i, (w, layer), rest.len());
         }
     }
 
@@ -278,6 +286,7 @@ impl Buffers {
         let is_shared = hp.parallel && layer.ffn_norm.is_none();
         let others = if is_shared { w.ffn_copies() } else { Copies::default() };
         self.norm(pass, layer.attn_norm.as_ref(), w.qkv_copies() | others);
+        pass.show(i, Input::Attention, self.normed.seen());
         let looks = pass.observer.filter(|o| o.wants_heads(i));
         let kept = match looks {
             Some(_) => Kept::KeysAndValues,

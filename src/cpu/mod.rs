@@ -26,4 +26,4 @@ mod weights;
 pub use cache::KvCache;
 pub use forward::Engine;
 pub use limits::Limits;
-pub use observe::{Observer, Seen, SeenHead, SeenRows};
+pub use observe::{Input, Observer, Seen, SeenHead, SeenInput, SeenRows};

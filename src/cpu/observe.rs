@@ -11,6 +11,7 @@ use super::runs::Runs;
 use super::threads::Columns;
 use crate::error::Result;
 use crate::model::Model;
+use crate::simd;
 
 /// Looks into attention while tokens are read. What is computed stays the same, bit for bit.
 pub trait Observer: Sync {
@@ -28,6 +29,48 @@ pub trait Observer: Sync {
 
     /// Sees it. Called from several threads, once for every query head and batch.
     fn see_head(&self, _: &SeenHead) {}
+
+    /// Whether what matrices are multiplied with is looked at.
+    fn wants_inputs(&self) -> bool {
+        false
+    }
+
+    /// Sees it, for one kind of input and batch after the other.
+    fn see_input(&self, _: &SeenInput) {}
+}
+
+/// What some matrices of a layer are multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Input {
+    /// What queries, keys and values, or latents that they are made of, are made of.
+    Attention,
+    /// Latents of queries.
+    Queries,
+    /// Latents of keys and values.
+    Latent,
+    /// Outputs of the heads.
+    Heads,
+    /// What the FFN reads, and what says how much of it, or which experts, are for a token.
+    Ffn,
+    /// The product in the FFN.
+    Hidden,
+    /// What an expert reads.
+    Expert(usize),
+    /// The product in an expert.
+    ExpertHidden(usize),
+    /// What logits are made of.
+    Output,
+}
+
+/// What some matrices of a layer are multiplied with for a batch.
+#[derive(Debug, Clone, Copy)]
+pub struct SeenInput<'a> {
+    /// Layer, from 0; 0 for the output.
+    pub layer: usize,
+    /// Which matrices.
+    pub input: Input,
+    /// A row for each of the tokens that are multiplied.
+    pub rows: SeenRows<'a>,
 }
 
 /// What one query head of a batch of `n` tokens works with: before rotation, after norms of heads.
@@ -112,7 +155,34 @@ impl Head<'_> {
     }
 }
 
+impl Pass<'_> {
+    /// Whether what matrices are multiplied with is looked at.
+    pub(super) fn shows_inputs(&self) -> bool {
+        self.observer.is_some_and(|o| o.wants_inputs())
+    }
+
+    /// Shows what matrices of a layer are multiplied with to who looks.
+    pub(super) fn show(&self, layer: usize, input: Input, rows: SeenRows) {
+        if let Some(observer) = self.observer.filter(|o| o.wants_inputs()) {
+            observer.see_input(&SeenInput { layer, input, rows });
+        }
+    }
+}
+
 impl Buffers {
+    /// Shows the product in the FFN of a layer, without what tokens take of it.
+    pub(super) fn show_hidden(&self, pass: &Pass, layer: usize) {
+        let up = &self.up;
+        if self.shares.is_empty() || !pass.shows_inputs() {
+            return pass.show(layer, Input::Hidden, up.seen());
+        }
+        let mut rows = up.floats.clone();
+        for (row, share) in rows.chunks_exact_mut(up.width).zip(&self.shares) {
+            simd::scale(row, 1.0 / share.max(f32::MIN_POSITIVE));
+        }
+        pass.show(layer, Input::Hidden, SeenRows::new(&rows, up.width, 0..up.width));
+    }
+
     /// Shows the heads of a layer to `observer`; `q` and `k` are as they were before rotation.
     pub(super) fn show_heads(
         &self,

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::kernels::{Activations, Copies, tile_of};
+use super::observe::SeenRows;
 use super::threads::{Columns, Crew};
 use crate::simd;
 
@@ -88,6 +89,11 @@ impl Rows {
             sums32: Columns::new(sums32, blocks),
             pairs: Columns::new(pairs, width / 2),
         }
+    }
+
+    /// All rows of floats.
+    pub(super) fn seen(&self) -> SeenRows<'_> {
+        SeenRows::new(&self.floats, self.width, 0..self.width)
     }
 
     /// What kernels read.

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::forward::{Buffers, Pass};
+use super::observe::{Input, SeenRows};
 use super::ops::norm_row;
 use super::products::products;
 use super::threads::Columns;
@@ -34,6 +35,7 @@ impl Buffers {
                 let out = Columns::new(&mut rows.floats, down.n_out);
                 products(pass.crew, &[(down, out)], &self.normed.view(), &mut self.threads);
                 rows.finish(pass.crew, w.attn_q.copies, |_, row| norm_row(kind, norm, row));
+                pass.show(i, Input::Queries, rows.seen());
                 products(pass.crew, &[(&w.attn_q, q)], &rows.view(), &mut self.threads);
             }
         }
@@ -47,6 +49,8 @@ impl Buffers {
         pass.crew.chunks(made, down.kv_a.n_out, |_, _, row| {
             norm_row(kind, &layer.kv_a_norm, &mut row[..latent.rank]);
         });
+        let latents = SeenRows::new(made, down.kv_a.n_out, 0..latent.rank);
+        pass.show(i, Input::Latent, latents);
         if kept == Kept::KeysAndValues {
             let made = std::mem::take(&mut self.latent.made);
             let (mut k, mut v) = (std::mem::take(&mut self.k), std::mem::take(&mut self.v));

@@ -1,4 +1,5 @@
-//! The second engine: the same model as a graph of ggml, on any of its devices.
+//! The second engine: the same model as a graph of ggml, on any of its devices; and what rounds
+//! matrices.
 
 mod attend;
 mod compose;
@@ -7,6 +8,7 @@ mod engine;
 mod experts;
 mod latent;
 mod pass;
+pub mod quantize;
 mod weigh;
 mod weights;
 #[cfg(feature = "rpc")]

@@ -11,6 +11,8 @@ pub mod forms;
 pub mod grams;
 pub mod grams_file;
 pub mod heads;
+pub mod importance;
+mod importance_file;
 pub mod latency;
 pub mod quality;
 pub mod record;

@@ -22,6 +22,7 @@ mod export;
 mod families;
 mod forms;
 mod golden;
+mod imatrix;
 mod layers;
 mod lora;
 mod lowrank;
@@ -33,6 +34,8 @@ mod observe;
 mod oracle;
 mod quality;
 mod quant;
+#[cfg(feature = "ggml")]
+mod quantize;
 mod sampler;
 mod template;
 mod tiny;

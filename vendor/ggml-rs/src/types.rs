@@ -184,4 +184,16 @@ impl Quantizer {
             Some(std::slice::from_raw_parts(words.as_ptr().cast::<u8>(), size).to_vec())
         }
     }
+
+    /// Whether what it has written holds only numbers that are finite; says on stderr where not.
+    pub fn is_valid(self, blocks: &[u8]) -> bool {
+        // Blocks have 2-byte and 4-byte members.
+        let mut words = vec![0u64; blocks.len().div_ceil(8)];
+        // SAFETY: as many bytes are there on both sides; ggml checks that blocks are whole.
+        unsafe {
+            let copy = words.as_mut_ptr().cast::<u8>();
+            copy.copy_from_nonoverlapping(blocks.as_ptr(), blocks.len());
+            sys::ggml_validate_row_data(self.0.0, copy.cast::<c_void>(), blocks.len())
+        }
+    }
 }
