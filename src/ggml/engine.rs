@@ -223,6 +223,11 @@ impl Engine {
         self.weights.n_products
     }
 
+    /// Bytes of the cache.
+    pub fn cache_bytes(&self) -> usize {
+        (0..self.cache.len()).map(|layer| self.layer_bytes(layer)).sum()
+    }
+
     /// Bytes of the cache of a layer.
     pub fn layer_bytes(&self, layer: usize) -> usize {
         self.cache[layer].store.n_bytes()

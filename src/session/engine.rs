@@ -88,6 +88,15 @@ impl Engine {
         }
     }
 
+    /// Bytes of the cache, and of what is made of it in passing.
+    pub(super) fn cache_bytes(&self) -> usize {
+        match self {
+            Engine::Cpu { cache, .. } => cache.n_bytes(),
+            #[cfg(feature = "ggml")]
+            Engine::Ggml(engine) => engine.cache_bytes(),
+        }
+    }
+
     /// Bytes of the cache of a layer.
     pub(super) fn layer_bytes(&self, layer: usize) -> usize {
         match self {

@@ -140,7 +140,7 @@ impl Session {
 
     /// Size of the cache in bytes.
     pub fn cache_bytes(&self) -> usize {
-        (0..self.model.layers.len()).map(|i| self.engine.layer_bytes(i)).sum()
+        self.engine.cache_bytes()
     }
 
     /// Bytes that a token at `position` reads: weights, and the keys and values that it sees.

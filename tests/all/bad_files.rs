@@ -335,7 +335,7 @@ fn tensor_table() {
         ("Q4_0", one(&[31], 2, 0), "rows of 31 are not whole blocks of 32 (Q4_0)"),
         ("Q4_K", one(&[255, 2], 12, 0), "rows of 255 are not whole blocks of 256 (Q4_K)"),
         ("0 dimensions", one(&[], 8, 0), "rows of 1 are not whole blocks of 32 (Q8_0)"),
-        ("type 42", one(&[32], 42, 0), "tensor \"t\": unknown tensor type 42 at byte 45"),
+        ("type 43", one(&[32], 43, 0), "tensor \"t\": unknown tensor type 43 at byte 45"),
         ("type 255", one(&[32], 255, 0), "unknown tensor type 255"),
         ("type -1", one(&[32], u32::MAX, 0), "unknown tensor type 4294967295"),
         ("offset 1", one(&[8], 0, 1), "offset 1, but the data before it ends at 0"),
