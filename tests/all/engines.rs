@@ -23,7 +23,7 @@ fn device() -> Option<String> {
 
 /// What engines may differ by in 32-bit floats. Others than the processor attend in half precision.
 fn limit() -> f64 {
-    if device().is_some() { 1e-4 } else { 1e-5 }
+    if device().is_some() { 2e-4 } else { 1e-5 }
 }
 
 /// A session of an engine; `exact`: nothing is rounded that need not be.
@@ -153,14 +153,18 @@ fn every_encoder_makes_the_same_states() {
 #[test]
 fn every_normalizer_computes_the_same() {
     let tokens = &goldens()[0].tokens.clone();
+    let mut failed = Vec::new();
     for kind in NORMALIZERS {
         for text in [kind.name.to_string(), format!("{}:scale=0.9,gain=1.1,sinks=2", kind.name)] {
             let mut model = open("llama");
             model.set_normalizers(&text).unwrap();
             let kl = between(&Arc::new(in_floats(&model)), tokens, true);
-            assert!(kl < limit(), "{text}: {kl}");
+            if kl.is_nan() || kl > limit() {
+                failed.push(format!("{text}: {kl}"));
+            }
         }
     }
+    assert!(failed.is_empty(), "{failed:?}");
 }
 
 #[test]
