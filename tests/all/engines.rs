@@ -8,13 +8,15 @@ use qkov::engine::{CacheType, Devices, Kind, Threads};
 use qkov::gguf::{Bytes, Data, Gguf, Writer};
 use qkov::mask::MASKS;
 use qkov::merge::FORMS;
-use qkov::model::Model;
+use qkov::model::{Model, adapted};
 use qkov::normalizer::NORMALIZERS;
 use qkov::quant::{format_named, format_of};
 use qkov::session::{Options, Session};
 
 use crate::embed::encoders;
 use crate::golden::{FOLDER, goldens};
+use crate::lora::adapter_for;
+use crate::lowrank::formed;
 
 /// The device to test, where that is not the processor; see CONTRIBUTING.
 fn device() -> Option<String> {
@@ -214,4 +216,31 @@ fn every_form_computes_the_same() {
         }
     }
     assert!(n >= 4, "{n} forms");
+}
+
+/// Heads of many widths, with planes of their own; those of norms too.
+#[test]
+fn rewritten_heads_compute_the_same() {
+    let mut n = 0;
+    for golden in goldens() {
+        for form in ["lowrank:ratio=0.6", "center"] {
+            let Ok(gguf) = formed(&golden.model.gguf, form) else { continue };
+            let model = Model::from_gguf(gguf).unwrap();
+            let kl = between(&Arc::new(in_floats(&model)), &golden.tokens, true);
+            assert!(kl < limit(), "{form} of {}: {kl}", golden.name);
+            n += 1;
+        }
+    }
+    assert!(n > 20, "{n} models");
+}
+
+#[test]
+fn adapters_compute_the_same() {
+    for golden in goldens().iter().filter(|g| g.model.hparams.experts.is_none()) {
+        let floats = in_floats(&golden.model).gguf;
+        let adapter = adapter_for(&floats, 4, |_| true);
+        let model = Model::from_gguf(adapted(floats, adapter, 0.7).unwrap()).unwrap();
+        let kl = between(&Arc::new(model), &golden.tokens, true);
+        assert!(kl < limit(), "{}: {kl}", golden.name);
+    }
 }

@@ -60,7 +60,7 @@ fn has_adapter(gguf: &Gguf, tensor: &Tensor) -> bool {
 }
 
 /// An adapter of every matrix for which `wanted`.
-fn adapter_for(gguf: &Gguf, rank: u64, wanted: impl Fn(&Tensor) -> bool) -> Gguf {
+pub fn adapter_for(gguf: &Gguf, rank: u64, wanted: impl Fn(&Tensor) -> bool) -> Gguf {
     let arch = gguf.str("general.architecture").unwrap().unwrap();
     let mut writer = adapter(arch);
     writer.set("adapter.lora.alpha", ALPHA).unwrap();

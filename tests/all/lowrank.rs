@@ -37,7 +37,7 @@ pub fn tokens(n_vocab: usize, n: usize) -> Vec<u32> {
 }
 
 /// A file whose layers have the forms of `plan`.
-fn formed(gguf: &Gguf, form: &str) -> Result<Gguf, qkov::error::Error> {
+pub fn formed(gguf: &Gguf, form: &str) -> Result<Gguf, qkov::error::Error> {
     let model = Model::from_gguf(gguf.clone()).unwrap();
     let mut plan = model.plan.clone();
     plan.set_forms(form)?;
