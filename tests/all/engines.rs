@@ -13,6 +13,7 @@ use qkov::normalizer::NORMALIZERS;
 use qkov::quant::{format_named, format_of};
 use qkov::session::{Options, Session};
 
+use crate::cli::ok;
 use crate::embed::encoders;
 use crate::golden::{FOLDER, goldens};
 use crate::lora::adapter_for;
@@ -242,5 +243,16 @@ fn adapters_compute_the_same() {
         let model = Model::from_gguf(adapted(floats, adapter, 0.7).unwrap()).unwrap();
         let kl = between(&Arc::new(model), &golden.tokens, true);
         assert!(kl < limit(), "{}: {kl}", golden.name);
+    }
+}
+
+#[test]
+fn the_model_that_ships_writes_the_same() {
+    for norm in ["softmax", "entmax15"] {
+        let text = |engine: &str| {
+            let args = ["generate", "-p", "The rain", "-n", "64", "--temp", "0", "-t", "1"];
+            ok(&[&args[..], &["--norm", norm, "--engine", engine]].concat(), "")
+        };
+        assert_eq!(text("cpu"), text("ggml"), "{norm}");
     }
 }
