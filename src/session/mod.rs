@@ -196,7 +196,7 @@ impl Session {
         Ok(())
     }
 
-    /// Takes sequences through the layers, see [`Engine::layer_by_layer`]; forgets all tokens.
+    /// Takes sequences through the layers, see [`crate::cpu::Engine::layer_by_layer`]; forgets all tokens.
     pub fn layer_by_layer(
         &mut self,
         sequences: &[Vec<u32>],
