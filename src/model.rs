@@ -183,6 +183,26 @@ impl Model {
         end
     }
 
+    /// Splits `n` tokens at positions from `n_past` on into batches of about `n_batch`, each with the
+    /// tokens that it must be read together with: indices of its tokens, and of those of `wanted` that
+    /// are in it, from the batch's first.
+    pub fn batches(
+        &self,
+        (n, n_batch): (usize, usize),
+        (n_past, prompt): (usize, &Range<usize>),
+        wanted: Range<usize>,
+    ) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        let mut start = 0;
+        std::iter::from_fn(move || {
+            let end = n_past + n.min(start + n_batch);
+            let batch = start..self.together(n_past + start..end, prompt) - n_past;
+            let part = |at: usize| at.clamp(batch.start, batch.end) - batch.start;
+            let wanted = part(wanted.start)..part(wanted.end).max(part(wanted.start));
+            start = batch.end;
+            (!batch.is_empty()).then_some((batch, wanted))
+        })
+    }
+
     /// Whether a token of this prompt sees a later one in any layer.
     pub fn looks_ahead(&self, prompt: &Range<usize>) -> bool {
         let ahead = |p| self.attention.iter().any(|a| a.visible(p, prompt).end() > p + 1);

@@ -138,16 +138,11 @@ impl Engine {
         let rotations = rotations.within(cache.n_ctx());
         let n = if tokens.len() == 1 { n_threads.one } else { n_threads.batch };
         team.enter(n, |crew| {
-            let mut start = 0;
-            while start < tokens.len() {
-                let end = n_past + tokens.len().min(start + N_BATCH);
-                let end = model.together(n_past + start..end, prompt) - n_past;
-                let part = |at: usize| at.clamp(start, end) - start;
-                let wanted = part(wanted.start)..part(wanted.end).max(part(wanted.start));
-                let n_past = n_past + start;
+            let size = (tokens.len(), N_BATCH);
+            for (batch, wanted) in model.batches(size, (n_past, prompt), wanted) {
+                let n_past = n_past + batch.start;
                 let pass = Pass { crew, model, rotations, matrices, observer, n_past, prompt };
-                buffers.forward(&pass, cache, &tokens[start..end], wanted, (asked, &mut *out));
-                start = end;
+                buffers.forward(&pass, cache, &tokens[batch], wanted, (asked, &mut *out));
             }
         });
     }

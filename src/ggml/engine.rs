@@ -287,15 +287,10 @@ impl Engine {
         let n_threads = self.setup.n_threads;
         let n = if tokens.len() == 1 { n_threads.one } else { n_threads.batch };
         self.scheduler.backends_mut().iter_mut().for_each(|b| b.use_threads(n));
-        let mut start = 0;
-        while start < tokens.len() {
-            let end = n_past + tokens.len().min(start + N_BATCH);
-            let end = model.together(n_past + start..end, prompt) - n_past;
-            let part = |at: usize| at.clamp(start, end) - start;
-            let wanted = part(wanted.start)..part(wanted.end).max(part(wanted.start));
-            let batch = Batch { n_past: n_past + start, prompt: prompt.clone() };
-            self.run(model, &tokens[start..end], batch, (wanted, asked), out)?;
-            start = end;
+        let size = (tokens.len(), N_BATCH);
+        for (part, wanted) in model.batches(size, (n_past, prompt), wanted) {
+            let batch = Batch { n_past: n_past + part.start, prompt: prompt.clone() };
+            self.run(model, &tokens[part], batch, (wanted, asked), out)?;
         }
         Ok(())
     }

@@ -155,18 +155,6 @@ impl BufferType {
             Ok(yes)
         }
     }
-
-    /// Whether the processor reads it as any other memory.
-    pub fn is_host(self) -> bool {
-        // SAFETY: as above.
-        unsafe { sys::ggml_backend_buft_is_host(self.0.as_ptr()) }
-    }
-
-    /// The most bytes of one piece.
-    pub fn max_size(self) -> usize {
-        // SAFETY: as above.
-        unsafe { sys::ggml_backend_buft_get_max_size(self.0.as_ptr()) }
-    }
 }
 
 /// What runs graphs on a device.

@@ -62,8 +62,6 @@ of_one! {
     cont = ggml_cont;
     /// `e` to each element.
     exp = ggml_exp;
-    /// The natural logarithm of each element.
-    log = ggml_log;
     /// Each element, or 0 if that is more.
     relu = ggml_relu;
     /// `1 / (1 + exp(-x))`
@@ -76,8 +74,6 @@ of_one! {
     sqr = ggml_sqr;
     /// The root of each element.
     sqrt = ggml_sqrt;
-    /// 1 where an element is more than 0, else 0.
-    step = ggml_step;
     /// The sum of each row.
     sum_rows = ggml_sum_rows;
     /// The hyperbolic tangent of each element.
@@ -91,8 +87,6 @@ of_two! {
     add = ggml_add;
     /// The quotient; `b` repeats.
     div = ggml_div;
-    /// Copies `a` to where `b` is.
-    copy = ggml_cpy;
     /// The rows of `a` that `b` numbers.
     get_rows = ggml_get_rows;
     /// The product of elements; `b` repeats.

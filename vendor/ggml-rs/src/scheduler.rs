@@ -117,15 +117,6 @@ impl Scheduler {
             NonNull::new(sys::ggml_backend_get_device(backend.as_ptr())).map(Device)
         }
     }
-
-    /// Bytes of memory for what is computed, on all devices.
-    pub fn n_bytes(&self) -> usize {
-        let size = |b: &Backend| {
-            // SAFETY: a backend of this scheduler.
-            unsafe { sys::ggml_backend_sched_get_buffer_size(self.raw.as_ptr(), b.raw.as_ptr()) }
-        };
-        self.backends.iter().map(size).sum()
-    }
 }
 
 impl Drop for Scheduler {
