@@ -343,6 +343,9 @@ impl Model {
 /// Normalizers that a model was trained with, as [`Plan::set_normalizers`] reads them.
 pub const NORMALIZER_KEY: &str = "qkov.attention.normalizer";
 
+/// Masks that a model was trained with, as [`Plan::set_masks`] reads them.
+pub const MASK_KEY: &str = "qkov.attention.mask";
+
 /// Finds tensors by name, checks their shapes, and remembers which were asked for.
 struct Binder<'a> {
     gguf: &'a Gguf,
@@ -545,15 +548,18 @@ impl Binder<'_> {
                 }
             }
         }
-        if let Some(text) = self.gguf.str(rewritten::FORM)?
-            && let Err(e) = plan.set_forms(text)
-        {
-            bad_file!("key \"{}\": {}", rewritten::FORM, excerpt(&e.to_string()));
-        }
-        if let Some(text) = self.gguf.str(NORMALIZER_KEY)?
-            && let Err(e) = plan.set_normalizers(text)
-        {
-            bad_file!("key \"{NORMALIZER_KEY}\": {}", excerpt(&e.to_string()));
+        type Set = fn(&mut Plan, &str) -> Result<()>;
+        let keys: [(&str, Set); 3] = [
+            (rewritten::FORM, Plan::set_forms),
+            (MASK_KEY, Plan::set_masks),
+            (NORMALIZER_KEY, Plan::set_normalizers),
+        ];
+        for (key, set) in keys {
+            if let Some(text) = self.gguf.str(key)?
+                && let Err(e) = set(&mut plan, text)
+            {
+                bad_file!("key \"{key}\": {}", excerpt(&e.to_string()));
+            }
         }
         Ok(plan)
     }
