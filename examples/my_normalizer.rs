@@ -29,7 +29,7 @@ static TENT: Kind = Kind {
 
 fn main() -> qkov::error::Result<()> {
     register(&TENT)?;
-    let mut model = Model::open(Path::new("models/books-6m-q8_0.gguf"))?;
+    let mut model = Model::open(Path::new("models/softmax-q8_0.gguf"))?;
     model.set_normalizers("*=softmax;3-5=tent:width=6")?;
     let windows = quality::Windows::new(model.tokenizer.encode(SAMPLE, true, false)?, 256)?;
     let mut session = Session::new(Arc::new(model), &Default::default())?;

@@ -1,12 +1,19 @@
 """Chats made of books: every answer is a passage, or a part of one, that somebody wrote.
 
-A chat is a list of messages, user and assistant in turn. A message is a list of parts: text, or the number
-of a paragraph, so that paragraphs are encoded once however often they are used.
+A chat is a list of messages, user and assistant in turn. A message is a list of parts: text, the number of a
+paragraph, so that paragraphs are encoded once however often they are used, or an answer.
 """
 
 import re
+from collections import Counter
+from typing import NamedTuple
 
 WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
+LOWER = re.compile(r"\b[a-z]+\b(?!')")
+# After an article, and before what cannot follow an adjective.
+AS_NOUN = re.compile(
+    r"\b(?:[Tt]he|[Aa]n?) ([a-z]+)(?=[.,;:!?]| (?:of|and|was|were|is|in|to|that|had|has|with|which|who|as|at|on|for|from|by|will|would)\b)"
+)
 SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”]))\s+(?=["'“(]?[A-Z])""")
 NAME = re.compile(r"(?<=[a-z,;] )(?:(?:Mr|Mrs|Miss|Dr|Sir|Lady|Lord|Captain)\.? )?[A-Z][a-z]+(?: [A-Z][a-z]+)*")
 SAYS = re.compile(r'"([A-Z][^"]{8,100}[,?!])" (?:said|cried|asked|answered|replied) ([A-Z][a-z]+(?: [A-Z][a-z]+)?)\b')
@@ -67,29 +74,26 @@ CANNOT = [
 ]
 
 
-class Words:
-    """What words are worth asking for: known from the whole corpus, neither rare nor everywhere."""
+class Answer(NamedTuple):
+    """A paragraph that somebody asked for by words of it."""
 
-    def __init__(self, counts, after_article):
-        self.good = {
-            w for w, n in counts.items()
-            if len(w) > 2 and w.islower() and "'" not in w and 40 <= n <= 20_000 and after_article.get(w, 0) > 0.2 * n
-        }
+    paragraph: int
+    words: list[str]
+
+
+class Words:
+    """What words are worth asking for: nouns, as the whole corpus tells, neither rare nor everywhere."""
+
+    def __init__(self, counts, as_nouns):
+        self.good = {w for w, n in counts.items() if len(w) > 2 and 40 <= n <= 20_000 and as_nouns.get(w, 0) > 0.12 * n}
 
     def of(self, text):
         return sorted({w for w in WORD.findall(text) if w in self.good})
 
 
 def counted(text):
-    """How often words occur, and how often after an article, as nouns do."""
-    counts, after = {}, {}
-    last = ""
-    for word in WORD.findall(text):
-        counts[word] = counts.get(word, 0) + 1
-        if last in ("the", "a", "an", "The", "A", "An"):
-            after[word] = after.get(word, 0) + 1
-        last = word
-    return counts, after
+    """How often words occur, and how often as nouns do."""
+    return Counter(LOWER.findall(text)), Counter(AS_NOUN.findall(text))
 
 
 def sentences(text):
@@ -140,18 +144,18 @@ class Maker:
         chosen = rng.sample(words, n)
         r = rng.random()
         if self.author and r < 0.07:
-            ask = rng.choice(IN_MANNER).format(self.author)
-        elif self.author and r < 0.17:
+            return [[rng.choice(IN_MANNER).format(self.author)], [i]]
+        if self.author and r < 0.17:
             ask = rng.choice(ABOUT_IN_MANNER).format(self.author, joined([self.asked(w) for w in chosen]))
         elif r < 0.3:
             ask = rng.choice(WITH_WORDS).format(joined(chosen) if rng.random() < 0.6 else ", ".join(chosen))
         elif r < 0.36:
             templates, answers = rng.choice(CANNOT)
             ask, answer = rng.choice(templates).format(chosen[0]), rng.choice(answers).format(chosen[0])
-            return [[ask], [answer, i]]
+            return [[ask], [answer, Answer(i, chosen[:1])]]
         else:
             ask = rng.choice(ABOUT).format(joined([self.asked(w) for w in chosen]))
-        return [[ask], [i]]
+        return [[ask], [Answer(i, chosen)]]
 
     def followed(self, chat, i):
         """Whoever got paragraph `i` may want more, or another."""
@@ -165,7 +169,7 @@ class Maker:
                 other = rng.choice(sorted(self.known)) if self.known else None
                 if other:
                     i = rng.choice(self.known[other])
-                    chat += [[rng.choice(ABOUT).format(self.asked(other))], [i]]
+                    chat += [[rng.choice(ABOUT).format(self.asked(other))], [Answer(i, [other])]]
             else:
                 break
         return chat
@@ -272,6 +276,12 @@ class Maker:
             chat = self.passage(i)
             return chat and self.followed(chat, i)
         return self.continued(i) if r < 0.7 else self.question(i)
+
+    def words_only(self, i):
+        """A short passage asked for, or, now and then, another chat."""
+        if self.rng.random() < 0.1:
+            return self.small_talk() if self.rng.random() < 0.1 else self.chat(i)
+        return self.passage(i) if 120 < len(self.paragraphs[i]) < 600 else None
 
     def small_talk(self):
         chat = []

@@ -1,9 +1,10 @@
 """Books to tokens: prose, and chats made of it.
 
-usage: corpus.py BOOKS.txt[.xz] TOKENS.bin [--passes N] [--seed N] [--show N]
+usage: corpus.py BOOKS.txt[.xz] TOKENS.bin [--passes N] [--seed N] [--words] [--show N]
 
 A pass has every book once as prose, and chats about most of its longer paragraphs, other ones in every pass.
-Documents begin with `<|end|>` and come in random order. TOKENS.bin holds them as 16-bit numbers.
+Documents begin with `<|end|>` and come in random order. TOKENS.bin holds them as 16-bit numbers, the highest bit of
+which is set where an answer has a word that was asked for.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import lzma
 import pathlib
 import random
 import re
+from collections import Counter
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,8 +24,13 @@ HERE = pathlib.Path(__file__).parent
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 END, USER, ASSISTANT = range(3)
 N_VOCAB = 4096
+# The bit of tokens of words that were asked for.
+ASKED = 1 << 15
 # Of the paragraphs that a chat can be made of.
 SHARE_IN_CHATS = 0.8
+# Of the documents of prose, those at whose end a part of them comes again: books hardly repeat themselves, and what a
+# model needs to find again what it has read would come late, or not at all.
+SHARE_REPEATED = 0.3
 
 
 def read(path):
@@ -72,14 +79,32 @@ class Encoder:
     def many(self, texts):
         return [np.array(e.ids, np.uint16) for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def chat(self, messages, paragraphs):
+    def chat(self, messages, texts, ids):
+        """A chat about paragraphs, which come as texts and as tokens."""
         out = [[END]]
         for i, parts in enumerate(messages):
             out.append([USER if i % 2 == 0 else ASSISTANT])
             for part in parts:
-                out.append(self.text(part) if isinstance(part, str) else paragraphs[part])
+                if isinstance(part, str):
+                    out.append(self.text(part))
+                elif isinstance(part, chats.Answer):
+                    out.append(self.answer(texts[part.paragraph], part.words))
+                else:
+                    out.append(ids[part])
             out.append([END])
         return np.concatenate([np.asarray(x, np.uint16) for x in out])
+
+    def answer(self, text, words):
+        """With the bit where each word is first."""
+        e = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array(e.ids, np.uint16)
+        for w in words:
+            at = re.search(rf"(?<![A-Za-z]){w}(?![A-Za-z])", text)
+            if at:
+                for k, (a, b) in enumerate(e.offsets):
+                    if a < at.end() and b > at.start():
+                        ids[k] |= ASKED
+        return ids
 
     def text(self, part):
         # In a whole text, line ends before a paragraph are tokens of their own.
@@ -90,7 +115,7 @@ class Encoder:
 
 def documents(job):
     """All documents of one book, for every pass."""
-    (author, paragraphs), words, seed, n_passes = job
+    (author, paragraphs), words, seed, n_passes, words_only = job
     encoder = Encoder()
     ids = encoder.many(paragraphs)
     between = np.array(encoder.newline * 2, np.uint16)
@@ -98,6 +123,10 @@ def documents(job):
     for p in range(n_passes):
         rng = random.Random(f"{seed} {p} {paragraphs[0]}")
         maker = chats.Maker(paragraphs, author, words, rng)
+        if words_only:
+            made = (maker.words_only(i) for i in range(len(paragraphs)))
+            passes.append([encoder.chat(chat, paragraphs, ids) for chat in made if chat])
+            continue
         docs, i = [], 0
         while i < len(paragraphs):
             # Texts of all lengths up to more than a context.
@@ -107,32 +136,30 @@ def documents(job):
                 parts += [ids[i], between]
                 n += len(paragraphs[i])
                 i += 1
+            if rng.random() < SHARE_REPEATED:
+                first = 2 * rng.randrange(len(parts) // 2) + 1
+                parts += parts[first : first + 2 * rng.randint(1, 3)]
             docs.append(np.concatenate(parts[:-1]))
         for i in range(len(paragraphs)):
             if rng.random() < SHARE_IN_CHATS:
                 chat = maker.chat(i)
                 if chat:
-                    docs.append(encoder.chat(chat, ids))
+                    docs.append(encoder.chat(chat, paragraphs, ids))
                 if rng.random() < 0.005:
-                    docs.append(encoder.chat(maker.small_talk(), ids))
+                    docs.append(encoder.chat(maker.small_talk(), paragraphs, ids))
         passes.append(docs)
     return passes
 
 
-def make(text, n_passes, seed):
+def make(text, n_passes, seed, words_only=False):
     """The tokens of all passes."""
     all_books = books(text)
     with concurrent.futures.ProcessPoolExecutor() as pool:
-        counts, after = {}, {}
-        for c, a in pool.map(chats.counted, ["\n".join(p) for _, p in all_books]):
-            for total, part in ((counts, c), (after, a)):
-                for w, n in part.items():
-                    total[w] = total.get(w, 0) + n
-        words = chats.Words(counts, after)
+        counted = list(pool.map(chats.counted, ["\n".join(p) for _, p in all_books]))
+        words = chats.Words(*(sum(part, Counter()) for part in zip(*counted)))
         # The longest first, so that all processes end at the same time.
         order = sorted(range(len(all_books)), key=lambda i: -sum(map(len, all_books[i][1])))
-        done = list(pool.map(documents, [(all_books[i], words, seed, n_passes) for i in order]))
-        assert all(done), [i for i, d in enumerate(done) if not d]
+        done = list(pool.map(documents, [(all_books[i], words, seed, n_passes, words_only) for i in order]))
     out = []
     for p in range(n_passes):
         docs = [doc for book in done for doc in book[p]]
@@ -147,15 +174,18 @@ def main():
     args.add_argument("out")
     args.add_argument("--passes", type=int, default=1)
     args.add_argument("--seed", type=int, default=0)
+    args.add_argument("--words", action="store_true", help="only chats in which somebody asks for words")
     args.add_argument("--show", type=int, default=0, help="prints so many of the documents")
     args.add_argument("--train-tokenizer", action="store_true", help="makes tokenizer.json anew, before anything else")
     args = args.parse_args()
     text = read(args.books)
     if args.train_tokenizer:
         train_tokenizer(text)
-    tokens = make(text, args.passes, args.seed)
+    tokens = make(text, args.passes, args.seed, args.words)
     tokens.tofile(args.out)
-    print(f"{len(tokens)} tokens, of them {int((tokens == USER).sum())} begin a question")
+    counts = f"{int((tokens == USER).sum())} begin a question, {int((tokens >= ASKED).sum())} are of words asked for"
+    print(f"{len(tokens)} tokens; of them {counts}")
+    tokens %= ASKED
     if args.show:
         t, starts = tokenizer(), np.flatnonzero(tokens[:200_000] == END)
         for a, b in zip(starts[: args.show], starts[1:]):

@@ -30,6 +30,7 @@ def main():
     saved = torch.load(args.model)
     model = Model(Shape(**saved["config"]["model"]))
     model.load_state_dict({n: p.float() for n, p in saved["weights"].items()})
+    model.eval()
     text = corpus.read(args.text)
     ids = torch.tensor([corpus.END] + corpus.Encoder().ids(text))
     windows = ids[: len(ids) // args.ctx * args.ctx].view(-1, args.ctx)[: args.windows]

@@ -1,12 +1,13 @@
-"""Writes a trained model as a GGUF file: matrices in F16, the rest in F32.
+"""Writes a trained model as a GGUF file: matrices in F16, or another type, the rest in F32.
 
-usage: export.py NAME.pt NAME.gguf
+usage: export.py NAME.pt NAME.gguf [TYPE]
 """
 
 import json
 import sys
 
 import gguf
+import gguf.quants
 import torch
 
 import corpus
@@ -18,7 +19,7 @@ TEMPLATE = (
 )
 
 
-def metadata(w, s, name):
+def metadata(w, s, name, file_type):
     w.add_name(name)
     w.add_context_length(s.n_ctx)
     w.add_embedding_length(s.n_embd)
@@ -27,7 +28,7 @@ def metadata(w, s, name):
     w.add_head_count(s.n_head)
     w.add_head_count_kv(s.n_head if s.arch == "gpt2" else s.n_head_kv)
     w.add_vocab_size(s.n_vocab)
-    w.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    w.add_file_type(file_type)
     if s.arch == "gpt2":
         w.add_layer_norm_eps(1e-5)
     else:
@@ -59,17 +60,18 @@ def vocabulary(w):
     w.add_chat_template(TEMPLATE)
 
 
-def main(source, out):
+def main(source, out, ty="F16"):
     saved = torch.load(source)
     s = Shape(**saved["config"]["model"])
     w = gguf.GGUFWriter(out, s.arch)
-    metadata(w, s, f"qkov {saved['config']['name']}")
+    metadata(w, s, f"qkov {saved['config']['name']}", gguf.LlamaFileType[f"MOSTLY_{ty}"])
     vocabulary(w)
     for name, p in saved["weights"].items():
         name = name.replace(".attention", "")
         if name.endswith("attn_sinks"):
             name += ".weight"
-        w.add_tensor(name, p.numpy())
+        ty_here = gguf.GGMLQuantizationType[ty if p.dim() == 2 else "F32"]
+        w.add_tensor(name, gguf.quants.quantize(p.float().numpy(), ty_here), raw_dtype=ty_here)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()

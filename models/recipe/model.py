@@ -25,6 +25,8 @@ class Shape:
     n_head: int = 6
     n_head_kv: int = 2
     n_ff: int = 640
+    # Of what attention and FFN add, in training.
+    dropout: float = 0.0
     # Of MLA: the latent's width, and the elements of a head's key that are rotated, and shared.
     kv_rank: int = 0
     n_rotated: int = 0
@@ -216,16 +218,17 @@ class Block(nn.Module):
         gpt2 = s.arch == "gpt2"
         self.attn_norm, self.ffn_norm = Norm(s.n_embd, gpt2), Norm(s.n_embd, gpt2)
         self.attention = Attention(s, layer)
+        self.dropout = nn.Dropout(s.dropout)
         self.ffn_gate = None if gpt2 else nn.Linear(s.n_embd, s.n_ff, bias=False)
         self.ffn_up = nn.Linear(s.n_embd, s.n_ff, bias=gpt2)
         self.ffn_down = nn.Linear(s.n_ff, s.n_embd, bias=gpt2)
 
     def forward(self, x, table, seen):
-        x = x + self.attention(self.attn_norm(x), table, seen)
+        x = x + self.dropout(self.attention(self.attn_norm(x), table, seen))
         h = self.ffn_norm(x)
         up = self.ffn_up(h)
         h = F.gelu(up, approximate="tanh") if self.ffn_gate is None else F.silu(self.ffn_gate(h)) * up
-        return x + self.ffn_down(h)
+        return x + self.dropout(self.ffn_down(h))
 
 
 class Model(nn.Module):

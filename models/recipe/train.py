@@ -34,7 +34,7 @@ def config(path):
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), as large as Adam's steps (Liu et al., arXiv 2502.16982)."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.1):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -71,27 +71,30 @@ def batch(tokens, n_ctx, n_batch, seed):
     start = rng.integers(0, len(tokens) - n_ctx - 1, n_batch)
     start = torch.from_numpy(start).to(tokens.device)
     at = start[:, None] + torch.arange(n_ctx + 1, device=tokens.device)
-    ids = tokens[at].long()
+    ids = tokens[at].long() & 0xFFFF
     ids[:, 0] = corpus.END
     return ids, torch.from_numpy(rng.integers(1, n_ctx, n_batch)).to(tokens.device)
 
 
-def loss_of(model, ids, prompts):
-    """Mean negative log-likelihood of tokens, of those that follow prompts if there are any."""
-    goals = ids[:, 1:]
-    nll = F.cross_entropy(model(ids[:, :-1], prompts).float().flatten(0, 1), goals.flatten(), reduction="none")
-    if prompts is None:
-        return nll.mean()
-    scored = torch.arange(goals.shape[1], device=ids.device)[None] >= prompts[:, None] - 1
-    return (nll * scored.flatten()).sum() / scored.sum()
+def loss_of(model, ids, prompts, asked=1):
+    """Mean negative log-likelihood of tokens, of those that follow prompts if there are any. Words that were asked for
+    count `asked` times."""
+    tokens = ids % corpus.ASKED
+    goals = tokens[:, 1:]
+    nll = F.cross_entropy(model(tokens[:, :-1], prompts).float().flatten(0, 1), goals.flatten(), reduction="none")
+    weight = torch.where(ids[:, 1:] < corpus.ASKED, 1.0, asked)
+    if prompts is not None:
+        weight = weight * (torch.arange(goals.shape[1], device=ids.device)[None] >= prompts[:, None] - 1)
+    return (nll * weight.flatten()).sum() / weight.sum()
 
 
 def optimizers(model, c):
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embd" not in n]
     embeddings = [p for n, p in model.named_parameters() if "embd" in n]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    adam = [dict(params=embeddings, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
-    return [Muon(matrices, c["lr"]), torch.optim.AdamW(adam, c["lr"], betas=(0.9, 0.95), fused=True)]
+    decay = c.get("weight_decay", 0.1)
+    adam = [dict(params=embeddings, weight_decay=decay), dict(params=vectors, weight_decay=0.0)]
+    return [Muon(matrices, c["lr"], weight_decay=decay), torch.optim.AdamW(adam, c["lr"], betas=(0.9, 0.95), fused=True)]
 
 
 def rate(step, steps):
@@ -99,11 +102,14 @@ def rate(step, steps):
     return min(1, (step + 1) / (0.03 * steps), (steps - step) / (0.6 * steps))
 
 
-def train(c, tokens, valid, out):
+def train(c, tokens, valid, out, compiled):
     device = tokens.device
     shape = Shape(**c["model"])
     torch.manual_seed(c["seed"])
     model = Model(shape).to(device)
+    if "start" in c:
+        saved = torch.load(out / f"{c['start']}.pt")
+        model.load_state_dict({n: p.float() for n, p in saved["weights"].items()})
     opts = optimizers(model, c)
     n_params = sum(p.numel() for p in model.parameters())
     resume, done = out / f"{c['name']}.resume", 0
@@ -116,23 +122,25 @@ def train(c, tokens, valid, out):
     log = open(out / f"{c['name']}.jsonl", "a" if done else "w")
     put = lambda **line: print(json.dumps(line), file=log, flush=True)
     if not done:
-        put(config=c, parameters=n_params, tokens=c["steps"] * c["batch"] * shape.n_ctx, device=device.type)
+        put(config=c, parameters=n_params, tokens=c["steps"] * c["batch"] * c.get("window", shape.n_ctx), device=device.type)
     prefix = shape.mask == "prefix"
-    run = torch.compile(loss_of) if device.type == "cuda" else loss_of
+    run = torch.compile(loss_of) if compiled else loss_of
 
     def loss(step):
-        ids, prompts = batch(tokens, shape.n_ctx, c["batch"], [c["seed"], step])
+        ids, prompts = batch(tokens, c.get("window", shape.n_ctx), c["batch"], [c["seed"], step])
         # A region for every step: a longer one would keep the weights of its first step in bfloat16.
         with torch.autocast(device.type, torch.bfloat16):
-            return run(model, ids, prompts if prefix else None)
+            return run(model, ids, prompts if prefix else None, c.get("asked", 1.0))
 
     def validate():
         total = 0
+        model.eval()
         n = min(16, c["batch"])
         for i in range(64 // n):
             ids, prompts = batch(valid, shape.n_ctx, n, [2**32, i])
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 total += loss_of(model, ids, prompts if prefix else None).item()
+        model.train()
         return total / (64 // n)
 
     began, bar = time.time(), tqdm(range(done, c["steps"]), desc=c["name"], initial=done, total=c["steps"], mininterval=5)
@@ -168,6 +176,7 @@ def main():
     args.add_argument("--tokens", required=True)
     args.add_argument("--valid", help="text on which the loss is told every 500 steps")
     args.add_argument("--out", required=True, type=pathlib.Path)
+    args.add_argument("--plain", action="store_true", help="without torch.compile, which needs a C++ compiler on a CPU")
     args.add_argument("--steps", type=int)
     args.add_argument("--batch", type=int)
     args = args.parse_args()
@@ -183,7 +192,7 @@ def main():
         c = config(path)
         c |= {k: v for k, v in (("steps", args.steps), ("batch", args.batch)) if v}
         if not (args.out / f"{c['name']}.pt").exists():
-            train(c, tokens, valid, args.out)
+            train(c, tokens, valid, args.out, not args.plain)
 
 
 if __name__ == "__main__":

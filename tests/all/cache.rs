@@ -3,18 +3,17 @@
 use std::sync::Arc;
 
 use qkov::engine::{CacheType, Threads};
-use qkov::gguf::{Bytes, Gguf};
 use qkov::model::Model;
 use qkov::session::{Options, Session};
-use qkov::token::Tokenizer;
 
-/// The shipped model, and tokens enough that the last ones, alone, attend in several tasks.
-fn shipped() -> (Arc<Model>, Vec<u32>) {
-    let file = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/books-6m-q8_0.gguf"));
-    let gguf = Gguf::parse(Bytes::from(&file[..])).unwrap();
+use crate::family;
+
+/// A trained model, and tokens enough that the last ones, alone, attend in several tasks.
+fn trained() -> (Arc<Model>, Vec<u32>) {
+    let model = family::softmax();
     let text = "The fox went down to the river, and the river was cold and wide. ".repeat(20);
-    let tokens = Tokenizer::from_gguf(&gguf).unwrap().encode(&text, true, false).unwrap();
-    (Arc::new(Model::from_gguf(gguf).unwrap()), tokens[..300].to_vec())
+    let tokens = model.tokenizer.encode(&text, true, false).unwrap();
+    (Arc::new(model), tokens[..300].to_vec())
 }
 
 /// Logits of every token, fed `n` at a time.
@@ -39,7 +38,7 @@ fn types() -> impl Iterator<Item = (CacheType, CacheType)> {
 
 #[test]
 fn every_type_loses_as_little_as_its_bits_allow() {
-    let model = shipped();
+    let model = trained();
     let full = logits(&model, ((CacheType::F32, CacheType::F32), true), 512);
     let n_vocab = model.0.hparams.n_vocab;
     let log_softmax = |row: &[f32]| -> Vec<f64> {
@@ -59,7 +58,7 @@ fn every_type_loses_as_little_as_its_bits_allow() {
             CacheType::F32 => 1e-12,
             CacheType::F16 => 1e-7,
             CacheType::Q8_0 => 2e-5,
-            CacheType::Q4_0 => 5e-3,
+            CacheType::Q4_0 => 7e-3,
         };
         assert!(kl <= most(k) + most(v), "{} {}: {kl:e}", k.name(), v.name());
     }
@@ -70,7 +69,7 @@ fn any_pieces_give_the_same_bits() {
     let bits = |x: Vec<f32>| -> Vec<u32> { x.into_iter().map(f32::to_bits).collect() };
     // With few weights, tokens that are fed alone read only the values that have one.
     for norm in ["softmax", "top_k:k=8"] {
-        let (mut model, tokens) = shipped();
+        let (mut model, tokens) = trained();
         Arc::get_mut(&mut model).unwrap().set_normalizers(norm).unwrap();
         let model = (model, tokens);
         for cache in types() {

@@ -12,14 +12,10 @@ use qkov::model::Model;
 use qkov::plan::PlanFile;
 use qkov::session::{Options, Session};
 
+use crate::family;
 use crate::tiny::Tiny;
 
 const SETTINGS: Settings = Settings { rows: 64, means: true, n_threads: 2 };
-
-fn shipped() -> Model {
-    let file = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/books-6m-q8_0.gguf"));
-    Model::from_gguf(Gguf::parse(Bytes::from(&file[..])).unwrap()).unwrap()
-}
 
 fn session(model: Model) -> Session {
     let options = Options { n_ctx: Some(128), ..Options::default() };
@@ -41,7 +37,7 @@ fn error(session: &mut Session, windows: &Windows) -> f64 {
 fn what_is_equal_but_for_its_parameters_is_found() {
     // By another name and with another scale, softmax can be had back exactly.
     for wanted in ["temperature:tau=2", "softmax1", "softermax", "softpick", "sigmoid:renorm=l1"] {
-        let mut model = shipped();
+        let mut model = family::softmax();
         model.set_normalizers(wanted).unwrap();
         let (wanted_plan, windows) = (model.plan.clone(), windows(&model));
         let sequences: Vec<_> = windows.inputs(&model.tokenizer).collect();
@@ -70,8 +66,8 @@ fn what_is_equal_but_for_its_parameters_is_found() {
 
 #[test]
 fn a_plan_file_says_all_and_fits_one_model() {
-    let mut model = shipped();
-    model.set_normalizers("*=softmax;1-2=sigmoid;4.1=relu2:sinks=2").unwrap();
+    let mut model = family::softmax();
+    model.set_normalizers("*=softmax;1-2=sigmoid;3.1=relu2:sinks=2").unwrap();
     model.set_masks("3=window:n=20").unwrap();
     let (wanted, windows) = (model.plan.clone(), windows(&model));
     let sequences: Vec<_> = windows.inputs(&model.tokenizer).collect();
@@ -84,14 +80,14 @@ fn a_plan_file_says_all_and_fits_one_model() {
     };
     let fits =
         calibrate(&mut first, &sequences, &wanted, (SETTINGS, true), &[], &mut done).unwrap();
-    assert_eq!((n_layers, fits.len()), (6, 9));
+    assert_eq!((n_layers, fits.len()), (4, 13));
     let mut plan = trained.with_masks_of(&wanted);
     apply(&mut plan, &fits);
     first.set_plan(plan.clone()).unwrap();
     let text = PlanFile::of(&plan, &trained, &hash).text().unwrap();
-    let mut model = shipped();
+    let mut model = family::softmax();
     model.apply(&PlanFile::parse(&text).unwrap()).unwrap();
-    assert_eq!(model.plan.names()[0], "softmax+sigmoid+relu2 (10 settings)");
+    assert_eq!(model.plan.names()[0], "softmax+sigmoid+relu2 (14 settings)");
     let mut second = session(model);
     let logits = |s: &mut Session| s.feed_wanting(&sequences[0], 100..127).unwrap().to_vec();
     first.rewind(0);
@@ -99,12 +95,12 @@ fn a_plan_file_says_all_and_fits_one_model() {
     let far = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(far < 0.05, "{far}");
     // Normalizers chosen over it take the means with them.
-    let mut model = shipped();
+    let mut model = family::softmax();
     model.apply(&PlanFile::parse(&text).unwrap()).unwrap();
     model.set_normalizers("softmax").unwrap();
     assert!(model.plan.layers.iter().flat_map(|l| &l.means).all(Option::is_none));
     // What was fitted in earlier layers can be handed in again.
-    let known: Vec<_> = fits.iter().filter(|f| f.layer < 4).cloned().collect();
+    let known: Vec<_> = fits.iter().filter(|f| f.layer < 2).cloned().collect();
     let again =
         calibrate(&mut second, &sequences, &wanted, (SETTINGS, true), &known, &mut |_, _| Ok(()));
     let texts = |fits: &[qkov::measure::calibrate::Fitted]| -> Vec<String> {
@@ -116,18 +112,18 @@ fn a_plan_file_says_all_and_fits_one_model() {
 #[test]
 fn plans_that_do_not_fit_are_refused() {
     let refused = |text: &str| -> String {
-        let result = PlanFile::parse(text).and_then(|file| shipped().apply(&file));
+        let result = PlanFile::parse(text).and_then(|file| family::softmax().apply(&file));
         result.unwrap_err().to_string()
     };
-    let hash = shipped().gguf.hash();
+    let hash = family::softmax().gguf.hash();
     for (text, why) in [
         ("format = 1\nmodel = \"00\"\nnorm = []\n", "fitted to a model with hash 00"),
         ("format = 2\nnorm = []\n", "plan of format 2; this program reads 1"),
-        ("format = 1\nnorm = [\"9=softmax\"]\n", "layer \"9\"; allowed *, numbers 0 to 5"),
+        ("format = 1\nnorm = [\"9=softmax\"]\n", "layer \"9\"; allowed *, numbers 0 to 3"),
         ("format = 1\nnorm = [\"0.7=softmax\"]\n", "head \"7\""),
         ("format = 1\nnorm = [\"x\"]\n", "normalizer \"x\" is not known"),
         ("format = 1\nnorm = []\nmeans = { \"8.0\" = [1.0] }\n", "head \"8.0\""),
-        ("format = 1\nnorm = []\nmeans = { \"0.0\" = [1.0] }\n", "has 1 numbers; allowed 64"),
+        ("format = 1\nnorm = []\nmeans = { \"0.0\" = [1.0] }\n", "has 1 numbers; allowed 32"),
         ("format = 1\nnorm = []\nmask = [\"0=repeat\"]\n", "for all layers or none"),
         ("format = 1\nnorm = [\n", "line 2"),
         ("format = 1\nnorm = []\nnorms = []\n", "unknown field"),
@@ -137,9 +133,9 @@ fn plans_that_do_not_fit_are_refused() {
         assert!(error.contains(why), "{text}: {error}");
     }
     let any = PlanFile::parse("format = 1\nnorm = [\"*=sigmoid\"]\n").unwrap();
-    shipped().apply(&any).unwrap();
+    family::softmax().apply(&any).unwrap();
     let own = PlanFile::parse(&format!("format = 1\nmodel = \"{hash}\"\nnorm = []\n")).unwrap();
-    shipped().apply(&own).unwrap();
+    family::softmax().apply(&own).unwrap();
 }
 
 #[test]
@@ -158,6 +154,11 @@ fn a_file_says_what_it_was_trained_with() {
     let named = plain.clone().set("qkov.attention.normalizer", "*=softmax;1=entmax:alpha=1.5");
     assert!(logits(open(&named).unwrap()) == with("1=entmax:alpha=1.5"));
     assert_eq!(open(&named).unwrap().trained.names()[0], "softmax+entmax:alpha=1.5");
+    let mut masked = open(&plain).unwrap();
+    masked.set_masks("1=window:n=2").unwrap();
+    let named = plain.clone().set("qkov.attention.mask", "1=window:n=2");
+    assert!(logits(open(&named).unwrap()) == logits(masked));
+    assert_eq!(open(&named).unwrap().trained.names()[2], "causal+window:n=2");
     let n_head = open(&plain).unwrap().hparams.layers[0].n_head;
     let sinks: Vec<f32> = (0..n_head).map(|h| h as f32 - 0.5).collect();
     let data = sinks.iter().flat_map(|s| s.to_le_bytes()).collect();
@@ -167,11 +168,15 @@ fn a_file_says_what_it_was_trained_with() {
     let model = open(&with_sinks).unwrap();
     assert!(model.warnings.is_empty(), "{:?}", model.warnings);
     assert!(logits(model) == with(&heads.join(";")));
-    let bad = plain.clone().set("qkov.attention.normalizer", "9=softmax");
-    let error = open(&bad).err().unwrap().to_string();
-    assert!(error.contains("qkov.attention.normalizer") && error.contains("\"9\""), "{error}");
-    let bad = plain.set("qkov.attention.normalizer", Value::U32(1));
-    assert!(open(&bad).err().unwrap().to_string().contains("expected"));
+    for (key, text) in
+        [("qkov.attention.normalizer", "9=softmax"), ("qkov.attention.mask", "9=causal")]
+    {
+        let bad = plain.clone().set(key, text);
+        let error = open(&bad).err().unwrap().to_string();
+        assert!(error.contains(key) && error.contains("\"9\""), "{error}");
+        let bad = plain.clone().set(key, Value::U32(1));
+        assert!(open(&bad).err().unwrap().to_string().contains("expected"));
+    }
 }
 
 #[test]

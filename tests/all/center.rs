@@ -11,7 +11,7 @@ use qkov::model::Model;
 use qkov::session::{Options, Session};
 
 use crate::cli::code_and_text as qkov;
-use crate::lowrank::{changed, distance, golden, session, shipped, tokens};
+use crate::lowrank::{changed, distance, golden, session, tokens, trained};
 
 const FORMS: [&str; 2] = ["center", "center:data=no"];
 
@@ -40,7 +40,7 @@ fn logits(mut session: Session) -> Vec<f32> {
 #[test]
 fn no_matrix_changes_and_no_logit() {
     let mut refused = Vec::new();
-    for (name, gguf) in crate::families::files().into_iter().chain([("ours".into(), shipped())]) {
+    for (name, gguf) in crate::families::files().into_iter().chain([("ours".into(), trained())]) {
         let whole = logits(session(gguf.clone(), 64));
         for form in FORMS {
             let model = Model::from_gguf(gguf.clone()).unwrap();
@@ -86,8 +86,8 @@ fn the_text_stays_the_same() {
         }
         out
     };
-    let whole = write(shipped());
-    FORMS.iter().for_each(|form| assert_eq!(write(formed(&shipped(), form)), whole, "{form}"));
+    let whole = write(trained());
+    FORMS.iter().for_each(|form| assert_eq!(write(formed(&trained(), form)), whole, "{form}"));
 }
 
 #[test]

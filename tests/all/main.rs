@@ -20,6 +20,7 @@ mod embed;
 mod engines;
 mod export;
 mod families;
+mod family;
 mod forms;
 mod golden;
 mod imatrix;
@@ -37,6 +38,7 @@ mod quant;
 #[cfg(feature = "ggml")]
 mod quantize;
 mod sampler;
+mod ships;
 mod template;
 mod tiny;
 mod token;

@@ -12,6 +12,7 @@ use qkov::mask::{Choice, Kind, MASKS, Visible};
 use qkov::model::Model;
 use qkov::session::{Options, Session};
 
+use crate::family;
 use crate::tiny::{N_VOCAB, Tiny};
 
 /// Whether a query sees a key, by definition; `p` are the mask's parameters.
@@ -245,7 +246,7 @@ fn without_keys_attention_is_zero() {
     let [error, _] = errors(blinded(tiny_model(), &NIGHT), &|_, q, k, _| q < 20 && k <= q);
     assert!(error < 1e-6, "{error:e}");
     for kind in [&BLIND, &NIGHT] {
-        let (model, tokens) = shipped();
+        let (model, tokens) = trained();
         let model = Arc::new(blinded(model, kind));
         for cache in CacheType::ALL {
             let run = |n| {
@@ -260,18 +261,17 @@ fn without_keys_attention_is_zero() {
     }
 }
 
-/// The shipped model, and tokens.
-fn shipped() -> (Model, Vec<u32>) {
-    let file = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/books-6m-q8_0.gguf"));
-    let model = Model::from_gguf(Gguf::parse(Bytes::from(&file[..])).unwrap()).unwrap();
+/// A trained model, and tokens.
+fn trained() -> (Model, Vec<u32>) {
+    let model = family::softmax();
     let text = "The fox went down to the river, and the river was cold and wide. ".repeat(25);
-    let tokens = model.tokenizer.encode(&text, true, false).unwrap();
+    let tokens = model.tokenizer.encode(&text, false, false).unwrap();
     (model, tokens[..340].to_vec())
 }
 
-/// The shipped model with these masks.
+/// The trained model with these masks.
 fn masked(masks: &str) -> Arc<Model> {
-    let mut model = shipped().0;
+    let mut model = trained().0;
     model.set_masks(masks).unwrap();
     Arc::new(model)
 }
@@ -325,7 +325,7 @@ impl Observer for EverySecond<'_> {
 
 #[test]
 fn pieces_and_threads_give_the_same_bits() {
-    let tokens = shipped().1;
+    let tokens = trained().1;
     let (prompt, after) = tokens.split_at(330);
     each_mask(|_, text| {
         let model = masked(text);
@@ -348,7 +348,7 @@ fn pieces_and_threads_give_the_same_bits() {
 
 #[test]
 fn limits_are_other_masks() {
-    let tokens = shipped().1;
+    let tokens = trained().1;
     let bits_of = |masks: &str, prompt: usize| {
         let (prompt, after) = tokens.split_at(prompt);
         run(&mut session(&masked(masks), 2, CacheType::F16, false), prompt, after, 7)
@@ -362,13 +362,13 @@ fn limits_are_other_masks() {
         ("window:n=340", "causal", 300),
         ("sinks-window:sinks=40,n=300", "causal", 300),
         ("sinks-window:sinks=0,n=50", "window:n=50", 300),
-        ("prefix;0-4=window;*=causal", "causal", 300),
-        ("0-2=window:n=9;3-5=window:n=9", "window:n=9", 300),
+        ("prefix;0-2=window;*=causal", "causal", 300),
+        ("0-1=window:n=9;2-3=window:n=9", "window:n=9", 300),
     ] {
         assert!(bits_of(a, prompt) == bits_of(b, prompt), "{a} is not {b}");
     }
     // A prompt twice is another prompt; the token that begins texts is not repeated.
-    let bos = [shipped().0.tokenizer.bos().unwrap()];
+    let bos = [trained().0.tokenizer.bos().unwrap()];
     let (once, after) = tokens.split_at(100);
     for bos in [&bos[..], &[]] {
         let mut causal = session(&masked("causal"), 2, CacheType::F16, false);
@@ -381,7 +381,7 @@ fn limits_are_other_masks() {
 
 #[test]
 fn timelines_that_change_are_read_as_if_new() {
-    let tokens = shipped().1;
+    let tokens = trained().1;
     let (prompt, reply, more) = (&tokens[..270], &tokens[270..280], &tokens[280..]);
     each_mask(|kind, text| {
         let model = masked(text);
@@ -444,7 +444,7 @@ fn wrong_masks_are_refused() {
         ("window:n=-1", "n = -1; allowed whole numbers"),
         ("sinks-window:n=NaN", "n = NaN; allowed whole numbers"),
         ("blocks:n", "mask blocks: \"n\" is not key=value"),
-        ("6=window", "layer \"6\"; allowed *, numbers 0 to 5"),
+        ("6=window", "layer \"6\"; allowed *, numbers 0 to 3"),
         ("0.1=window:n=3", "mask window:n=3: heads \"1\"; all heads of a layer have one mask"),
         ("0.*=window", "mask window: heads \"*\""),
         (
@@ -452,19 +452,19 @@ fn wrong_masks_are_refused() {
             "mask repeat is how a prompt is read, for all layers or none; layer 3 has causal",
         ),
         (
-            "repeat;5=window:n=9",
-            "mask repeat is how a prompt is read, for all layers or none; layer 5 has window:n=9",
+            "repeat;3=window:n=9",
+            "mask repeat is how a prompt is read, for all layers or none; layer 3 has window:n=9",
         ),
     ] {
-        let mut model = shipped().0;
+        let mut model = trained().0;
         let Err(error) = model.set_masks(text) else { panic!("{text}: accepted") };
         let error = error.to_string();
         assert!(error.contains(expected), "{text}: {error}");
         assert_eq!(model.plan.names()[2], "causal", "{text} left a trace");
     }
-    let mut model = shipped().0;
-    model.set_masks("0-2=window:n=64;3=blocks:n=64;5=repeat;5=sinks-window:n=9").unwrap();
-    assert_eq!(model.plan.names()[2], "window:n=64+blocks+causal+sinks-window:n=9");
+    let mut model = trained().0;
+    model.set_masks("0=window:n=64;2=blocks:n=64;3=repeat;3=sinks-window:n=9").unwrap();
+    assert_eq!(model.plan.names()[2], "window:n=64+causal+blocks+sinks-window:n=9");
     let mut session = session(&masked("repeat"), 1, CacheType::F16, false);
     let error = session.feed_prompt(&vec![5; 600]).unwrap_err().to_string();
     assert_eq!(error, "1200 tokens do not fit a context of 1024");

@@ -4,18 +4,17 @@ use std::sync::Arc;
 
 use qkov::cpu::{Observer, Seen};
 use qkov::engine::{CacheType, Threads};
-use qkov::gguf::{Bytes, Gguf};
 use qkov::measure::heads::{RowStats, observe};
 use qkov::measure::quality::Windows;
 use qkov::measure::record::record;
-use qkov::model::Model;
 use qkov::session::{Options, Session};
+
+use crate::family;
 
 const TEXT: &str = "The fox went down to the river, and the river was cold and wide. ";
 
 fn session(norm: &str, cache: CacheType) -> (Session, Vec<u32>) {
-    let file = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/books-6m-q8_0.gguf"));
-    let mut model = Model::from_gguf(Gguf::parse(Bytes::from(&file[..])).unwrap()).unwrap();
+    let mut model = family::softmax();
     model.set_normalizers(norm).unwrap();
     let tokens = model.tokenizer.encode(&TEXT.repeat(20), true, false).unwrap();
     let n_threads = Threads { one: 2, batch: 2 };

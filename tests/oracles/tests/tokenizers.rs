@@ -1,4 +1,4 @@
-//! Hugging Face's tokenizers must make the same ids of the shipped model's vocabulary.
+//! Hugging Face's tokenizers must make the same ids of the vocabulary of our models.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ fn samples() -> Vec<String> {
     (0..500).map(|n| (0..n % 40).map(|_| words[next() % words.len()]).collect()).collect()
 }
 
-/// Another program's merge loop makes the same of the shipped model's vocabulary.
+/// Another program's merge loop makes the same of the vocabulary of our models.
 #[test]
 fn ids_equal_hugging_face_tokenizers() {
     use tokenizers::models::bpe::{BPE, Vocab};
@@ -24,7 +24,7 @@ fn ids_equal_hugging_face_tokenizers() {
     use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
     use tokenizers::{PreTokenizerWrapper, SplitDelimiterBehavior};
 
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/books-6m-q8_0.gguf");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/softmax-q8_0.gguf");
     let gguf = Gguf::open(&path).unwrap();
     let strings = |key| {
         let array = gguf.array(key).unwrap().unwrap();
