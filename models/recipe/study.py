@@ -56,13 +56,17 @@ class Study:
 
     def normalizers(self):
         norms = [part for n in NORMALIZERS.values() if n != "softmax" for part in ("--norm", n)]
-        probe = ["--windows", "96", "--trials", "24", "--trial-ctx", "512", "--no-yardsticks"]
-        swapped = {r["name"]: r for r in self.run("swapped", "compare", "-m", self.model("softmax"), *norms, "--calibrate", *probe, "--rounds", "8")}
+        compare = ["compare", "-m", self.model("softmax"), "--no-yardsticks", *norms]
+        probe = ["--calibrate", "--windows", "96", "--trials", "24", "--trial-ctx", "512", "--rounds", "0"]
+        swapped = {r["name"]: r for r in self.run("swapped", *compare, *probe)}
+        # On a machine that does nothing else.
+        probe = ["--windows", "2", "--trials", "0", "--rounds", "16"]
+        speeds = {r["name"]: r for r in self.run("speeds", *compare, *probe)}
         rows = []
         for name, norm in NORMALIZERS.items():
             trained = self.trained(name)
             raw = swapped[norm]
-            rows.append((name, trained, raw, swapped.get(f"{norm} fitted", raw)))
+            rows.append((name, trained, raw, swapped.get(f"{norm} fitted", raw), speeds[norm]))
         print(normalizer_table(rows))
         normalizer_figure(rows, self.args.out / "normalizers.svg")
 
@@ -105,7 +109,7 @@ def normalizer_table(rows):
     head = ["normalizer", "trained: perplexity", "ln ratio", "copies, nats", "first key %", "row sum", "raw: perplexity", "KL", "copies",
             "fitted: perplexity", "KL", "copies", "prompt speed", "token speed"]
     out = []
-    for name, t, raw, fit in rows:
+    for name, t, raw, fit, timed in rows:
         copies = lambda r: pm(r["retrieval_ln_p_gain"], r["retrieval_ln_p_gain_err"], 2)
         speed = lambda r, what: f"{r[what + '_ratio']:.2f} ({r[what + '_ratio_min']:.2f} to {r[what + '_ratio_max']:.2f})"
         out.append([
@@ -113,7 +117,7 @@ def normalizer_table(rows):
             pm(t["ln_ppl_ratio"], t["ln_ppl_ratio_err"], 4) if "ln_ppl_ratio" in t else "0",
             copies(t), sinks_of(t["heads"]), f"{mean_of_heads(t, 'mass'):.2f}",
             f"{raw['ppl']:.2f}", f"{raw['kl_mean']:.4f}", copies(raw), f"{fit['ppl']:.2f}", f"{fit['kl_mean']:.4f}", copies(fit),
-            speed(raw, "prefill"), speed(raw, "decode"),
+            speed(timed, "prefill"), speed(timed, "decode"),
         ])
     return table(head, out)
 
@@ -162,8 +166,11 @@ def normalizer_figure(rows, path):
         ax.scatter([row[k]["ppl"] for row in order], at, marker=mark, color=color, label=label, zorder=3, s=30)
     ax.set_yticks(at, [row[0] for row in order])
     ax.set_xscale("log")
+    ticks = [40, 60, 100, 200, 500, 1000, 2000, 5000]
+    ax.set_xticks(ticks, map(str, ticks))
+    ax.minorticks_off()
     ax.set_xlabel("perplexity on unseen books")
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="upper right")
     clean(ax)
     save(fig, path)
 
@@ -183,11 +190,12 @@ def rank_figure(results, path):
         ax.set_ylim(0.98, 8)
         ax.set_yticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
         ax.minorticks_off()
+        ax.set_xticks(RANKS)
         ax.invert_xaxis()
         ax.set_xlabel(f"elements of a head's {what.upper()} that are kept, of 32")
         clean(ax)
     axes[0].set_ylabel("perplexity, relative to the whole head")
-    axes[0].legend(frameon=False, title="by data; dotted: by weights alone")
+    axes[1].legend(frameon=False, title="by data; dotted: by weights alone")
     save(fig, path)
 
 

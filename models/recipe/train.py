@@ -108,8 +108,8 @@ def train(c, tokens, valid, out, compiled):
     torch.manual_seed(c["seed"])
     model = Model(shape).to(device)
     if "start" in c:
-        saved = torch.load(out / f"{c['start']}.pt")
-        model.load_state_dict({n: p.float() for n, p in saved["weights"].items()})
+        start = torch.load(out / f"{c['start']}.pt")["weights"]
+        model.load_state_dict({n: p.float() for n, p in start.items()})
     opts = optimizers(model, c)
     n_params = sum(p.numel() for p in model.parameters())
     resume, done = out / f"{c['name']}.resume", 0
@@ -164,8 +164,12 @@ def train(c, tokens, valid, out, compiled):
             state = dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step + 1)
             torch.save(state, f"{resume}.new")
             os.replace(f"{resume}.new", resume)
+    weights = {n: p.float().cpu() for n, p in model.state_dict().items()}
+    if "mix" in c:
+        # Between what it started from and what it became is better than either (Wortsman et al., arXiv 2109.01903).
+        weights = {n: torch.lerp(start[n].float(), p, c["mix"]) for n, p in weights.items()}
     # As they go into the GGUF file.
-    weights = {n: (p.half() if p.dim() == 2 else p.float()).cpu() for n, p in model.state_dict().items()}
+    weights = {n: p.half() if p.dim() == 2 else p for n, p in weights.items()}
     torch.save(dict(config=c, weights=weights), out / f"{c['name']}.pt")
     resume.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::gguf::{self, Gguf, HALVES, Writer};
 use crate::measure::sweep::{Point, Sweep};
 use crate::merge::KvHead;
-use crate::model::{NORMALIZER_KEY, NewLayer};
+use crate::model::{MASK_KEY, NORMALIZER_KEY, NewLayer};
 use crate::plan::PlanFile;
 use crate::quant::{self, FORMATS, Format};
 
@@ -59,13 +59,12 @@ impl Run for Merge {
         let round = self.ty.as_deref().map(format_of).transpose()?;
         let model = self.run.model.open()?;
         model.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
-        if !self.run.mask.is_empty() {
-            bad_usage!("--mask: a file does not say how prompts are read");
-        }
         let plan = self.run.form_plan(&model)?;
-        let norms = PlanFile::of(&plan, &model.trained, "").norm.join(";");
-        if !norms.is_empty() && self.stock {
-            bad_usage!("--norm: a plain file has the normalizer that it was trained with");
+        let changes = PlanFile::of(&self.run.masked(plan.clone())?, &model.trained, "");
+        let changes =
+            [(NORMALIZER_KEY, changes.norm.join(";")), (MASK_KEY, changes.mask.join(";"))];
+        if self.stock && changes.iter().any(|(_, text)| !text.is_empty()) {
+            bad_usage!("--norm, --mask: a plain file has those that it was trained with");
         }
         if plan.names()[1] == model.trained.names()[1] {
             bad_usage!("nothing to rewrite: --form says what the file has already");
@@ -85,9 +84,11 @@ impl Run for Merge {
         }
         let mut writer = Writer::new();
         writer.copy_metadata(&gguf)?;
-        if !norms.is_empty() {
-            writer.remove(NORMALIZER_KEY);
-            writer.set(NORMALIZER_KEY, gguf::Value::String(norms.as_bytes()))?;
+        for (key, text) in changes.iter().filter(|(_, text)| !text.is_empty()) {
+            // Over what the file says already.
+            let text = gguf.str(key)?.map_or(text.clone(), |old| format!("{old};{text}"));
+            writer.remove(key);
+            writer.set(key, gguf::Value::String(text.as_bytes()))?;
         }
         gguf.tensors().iter().try_for_each(|tensor| writer.copy_tensor(&gguf, tensor))?;
         writer.write(out)?;

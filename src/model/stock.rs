@@ -1,6 +1,6 @@
 //! A rewritten model as a plain file, which programs that know nothing of rewriting can read.
 
-use super::{Model, NewLayer};
+use super::{MASK_KEY, Model, NORMALIZER_KEY, NewLayer};
 use crate::arch::{Hparams, Scaling, rewritten};
 use crate::bad_usage;
 use crate::error::Result;
@@ -15,6 +15,15 @@ impl Model {
     /// of; and divisors of the frequencies stand for the planes that are left. Refused where the layers
     /// are not alike enough for that.
     pub fn stock(&self, mut layers: Vec<NewLayer>, round: Option<&'static Format>) -> Result<Gguf> {
+        for (key, plain) in [(NORMALIZER_KEY, "softmax"), (MASK_KEY, "causal")] {
+            if let Some(text) = self.gguf.str(key)?
+                && text != plain
+            {
+                bad_usage!(
+                    "--stock: the file has {key} = {text}, which other programs do not read"
+                );
+            }
+        }
         let head = self.one_head(&layers)?;
         let (dim, old_dim) = (head.score_dim, self.hparams.key_dim);
         let scale = (dim as f32 / old_dim as f32).sqrt();
@@ -27,7 +36,9 @@ impl Model {
         let mut writer = Writer::new();
         writer.copy_metadata(&gguf)?;
         let own: Vec<&str> = gguf.metadata().map(|(key, _)| key).collect();
-        own.into_iter().filter(|key| rewritten::is_own(key)).for_each(|key| {
+        let is_ours =
+            |key: &&str| rewritten::is_own(key) || [NORMALIZER_KEY, MASK_KEY].contains(key);
+        own.into_iter().filter(is_ours).for_each(|key| {
             writer.remove(key);
         });
         for key in ["attention.key_length", "attention.value_length", "rope.dimension_count"] {

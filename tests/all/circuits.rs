@@ -328,7 +328,7 @@ fn heads_are_shown() {
         assert!(text.contains(part), "{part}: {text}");
     }
     let heads = json(&["inspect", "--heads", "--layer", "1", "--json", "--top", "3"]);
-    assert_eq!(heads.len(), 4);
+    assert_eq!(heads.len(), 8);
     let head = &heads[3];
     assert_eq!((head["layer"].as_u64(), head["head"].as_u64()), (Some(1), Some(3)));
     assert_eq!(head["qk"]["singular_values"].as_array().unwrap().len(), 64);
@@ -373,9 +373,9 @@ fn pages_of_heads_need_no_network() {
     let data: serde_json::Value =
         serde_json::from_str(rest.split_once("</script>").unwrap().0).unwrap();
     let heads = data["heads"].as_array().unwrap();
-    assert_eq!(heads.len(), 24);
-    assert_eq!(heads[23]["ov"]["directions"].as_array().unwrap().len(), 2);
-    assert!(page.contains("of 24 heads copy what they read"));
+    assert_eq!(heads.len(), 48);
+    assert_eq!(heads[47]["ov"]["directions"].as_array().unwrap().len(), 2);
+    assert!(page.contains("of 48 heads copy what they read"));
 }
 
 #[test]
@@ -384,9 +384,9 @@ fn products_are_written_with_what_they_cost() {
     for name in ["x.npz", "x.safetensors"] {
         let out = folder.path().join(name);
         let (code, text) = qkov(&["inspect", "--dense", "3.1", "--out", out.to_str().unwrap()]);
-        assert!(code == 0 && text.contains("blocks.3.attn.W_QK.1 [256, 256]"), "{text}");
-        assert!(text.contains("131072") && text.contains("2.0 times as much"), "{text}");
-        assert!(std::fs::metadata(&out).unwrap().len() > 4 * 131072);
+        assert!(code == 0 && text.contains("blocks.3.attn.W_QK.1 [512, 512]"), "{text}");
+        assert!(text.contains("524288") && text.contains("4.0 times as much"), "{text}");
+        assert!(std::fs::metadata(&out).unwrap().len() > 4 * 524288);
     }
 }
 
@@ -394,12 +394,12 @@ fn products_are_written_with_what_they_cost() {
 fn wrong_selections_are_told_in_one_line() {
     for (args, message) in [
         (&["--heads", "--layer", "6"][..], "--layer \"6\"; allowed *, numbers 0 to 5"),
-        (&["--heads", "--head", "4"], "--head \"4\"; allowed *, numbers 0 to 3"),
+        (&["--heads", "--head", "8"], "--head \"8\"; allowed *, numbers 0 to 7"),
         (&["--heads", "--top", "0"], "--top"),
-        (&["--heads", "--text", ""], "--text: 0 tokens; allowed 1 to 64"),
+        (&["--heads", "--text", &"a ".repeat(70)], "--text: 72 tokens; allowed 1 to 64"),
         (&["--dense", "0", "--out", "x.npz"], "--dense 0: allowed LAYER.HEAD, such as 0.1"),
         (&["--dense", "6.0", "--out", "x.npz"], "layer 6; allowed 0 to 5"),
-        (&["--dense", "0.4", "--out", "x.npz"], "head 4; allowed 0 to 3"),
+        (&["--dense", "0.8", "--out", "x.npz"], "head 8; allowed 0 to 7"),
         (&["--dense", "0.1", "--out", "x.txt"], "--out x.txt: allowed .npz, .safetensors"),
         (&["--dense", "0.1"], "--out"),
         (&["--layer", "1"], "--heads"),

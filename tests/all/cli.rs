@@ -44,19 +44,12 @@ pub fn error(args: &[&str], code: i32) -> String {
 #[test]
 fn chat_replies_with_the_model_that_ships() {
     let args = ["chat", "--seed", "1", "-n", "40"];
-    let reply = ok(&args, "Write about rain, harbour and lantern.\n");
+    let reply = ok(&args, "Write a passage about the rain.\n");
     assert!(reply.split_whitespace().count() > 10, "{reply}");
+    assert_eq!(reply, ok(&args, "Write a passage about the rain.\n"), "same seed, same text");
     assert_eq!(
         reply,
-        ok(&args, "Write about rain, harbour and lantern.\n"),
-        "same seed, same text"
-    );
-    assert_eq!(
-        reply,
-        ok(
-            &["chat", "--seed", "1", "-n", "40", "-p", "Write about rain, harbour and lantern."],
-            ""
-        )
+        ok(&["chat", "--seed", "1", "-n", "40", "-p", "Write a passage about the rain."], "")
     );
 }
 
@@ -88,7 +81,7 @@ fn chat_commands() {
 
 #[test]
 fn a_long_chat_leaves_its_oldest_turns() {
-    let script = "Write about rain, harbour and lantern.\n".repeat(6);
+    let script = "Write a passage about the rain.\n".repeat(6);
     let output = qkov(&["chat", "-c", "160", "-n", "60", "--seed", "5"], &script);
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{stderr}");
@@ -120,7 +113,7 @@ fn tokenize_and_template() {
     assert_eq!(text, "Hello there");
     let messages = r#"[{"role": "user", "content": "Hi"}]"#;
     let rendered = ok(&["template", "--add-generation-prompt"], messages);
-    assert_eq!(rendered, "<|user|>Hi<|end|><|assistant|>");
+    assert_eq!(rendered, "<|end|><|user|>Hi<|end|><|assistant|>");
 }
 
 #[test]
@@ -198,7 +191,7 @@ fn normalizers_are_swapped_by_layer_and_head() {
     assert_eq!(softmax["ppl"], eval("top_k:k=128")["ppl"]);
     let part = eval("1=sigmoid");
     assert_eq!(part["norm"], "softmax+sigmoid");
-    assert_eq!(eval("1.0-1=sigmoid; 1.2-3=sigmoid")["ppl"], part["ppl"]);
+    assert_eq!(eval("1.0-3=sigmoid; 1.4-7=sigmoid")["ppl"], part["ppl"]);
     let all = eval("sigmoid");
     assert!(ppl(&softmax) != ppl(&part) && 2.0 * ppl(&part) < ppl(&all), "{softmax} {part} {all}");
 
@@ -206,7 +199,7 @@ fn normalizers_are_swapped_by_layer_and_head() {
         ("sofmax", "normalizer \"sofmax\" is not known; known: softmax, "),
         ("6=softmax", "layer \"6\"; allowed *, numbers 0 to 5, or two of them as 0-5"),
         ("2-1=softmax", "layer \"2-1\""),
-        ("0.4=softmax", "head \"4\"; allowed *, numbers 0 to 3"),
+        ("0.8=softmax", "head \"8\"; allowed *, numbers 0 to 7"),
     ] {
         let line = error(&["generate", "-p", "x", "--norm", norm], 2);
         assert!(line.contains(expected) && line.trim_end().lines().count() == 1, "{line}");
@@ -247,7 +240,7 @@ fn masks_are_chosen_by_layer() {
     assert_eq!(generate("causal"), generate("sink-prefix:sinks=100"));
     assert!(generate("repeat").starts_with("The old man") && generate("blocks:n=2").len() > 11);
     let chat = ["chat", "-n", "20", "--seed", "2", "--mask", "prefix"];
-    let script = "Write about rain, harbour and lantern.\n/regen\nAnd now?\n";
+    let script = "Write a passage about the rain.\n/regen\nAnd now?\n";
     let replies = ok(&chat, script);
     assert_eq!(replies, ok(&chat, script), "same seed, same text");
     let bench = ok(&["bench", "-p", "24", "-n", "4", "-r", "1", "--json", "--mask", "repeat"], "");

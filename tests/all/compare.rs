@@ -10,6 +10,7 @@ use qkov::quant::FORMATS;
 use serde_json::{Map, Value, json};
 
 use crate::cli::{error, ok};
+use crate::family;
 
 const NORMS: [&str; 4] = ["softmax1", "top_k:k=4", "*=softmax;3=sigmoid", "softmax"];
 
@@ -32,7 +33,9 @@ impl Place {
     /// Arguments of a quick run, of which `more` replaces some.
     fn args(&self, more: &[&str]) -> Vec<String> {
         let text = self.at("text");
+        let model = family::path("softmax");
         let quick = [
+            ["-m", model.to_str().unwrap()],
             ["--file", &text],
             ["-c", "128"],
             ["--windows", "2"],
@@ -90,8 +93,9 @@ fn one_row_for_each_variant_in_one_run_or_in_shards() {
     let place = Place::new();
     let whole = place.compare(&[&norms()[..], &["--json"]].concat());
     let rows = rows(&whole);
+    // Rows of 192 are no whole blocks of 256.
     let smaller =
-        FORMATS.iter().filter(|f| f.can_quantize() && f.ty.block_len > 1 && f.ty.name != "Q8_0");
+        FORMATS.iter().filter(|f| f.can_quantize() && f.ty.block_len == 32 && f.ty.name != "Q8_0");
     let yardsticks = smaller.map(|f| format!("as {}", f.ty.name));
     let norms_once = NORMS.iter().map(|norm| norm.to_string());
     let wanted: HashSet<String> = yardsticks.chain(norms_once).collect();

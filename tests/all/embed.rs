@@ -384,7 +384,7 @@ fn embed_prints_json_and_cosines() {
 fn decoders_embed_too() {
     let rows_of = |args: &[&str]| rows(&ok(&[&["embed"], args].concat(), ""));
     let found = rows_of(&["The old man", "The old men", "lanterns"]);
-    assert_eq!((found.len(), found[0].len()), (3, 256));
+    assert_eq!((found.len(), found[0].len()), (3, 512));
     let last = rows_of(&["--pooling", "last", "The old man"]);
     assert_eq!(last[0], found[0]);
     assert_ne!(rows_of(&["--pooling", "mean", "The old man"])[0], found[0]);

@@ -52,16 +52,16 @@ fn arrays_have_the_names_and_axes_of_transformer_lens() {
         let n = shape[2];
         assert!(n > 4);
         assert_eq!(scores_shape, shape);
-        assert_eq!((shape[0], shape[1], shape[3]), (1, 4, n));
-        assert_eq!((values_shape, outputs_shape), (vec![1, n, 2, 64], vec![1, n, 4, 64]));
-        for (head, query) in (0..4).flat_map(|h| (0..n).map(move |q| (h, q))) {
+        assert_eq!((shape[0], shape[1], shape[3]), (1, 8, n));
+        assert_eq!((values_shape, outputs_shape), (vec![1, n, 2, 64], vec![1, n, 8, 64]));
+        for (head, query) in (0..8).flat_map(|h| (0..n).map(move |q| (h, q))) {
             let at = (head * n + query) * n;
             let is_seen = |key: usize| scores[at + key] > f32::NEG_INFINITY;
             assert!((0..n).all(|key| is_seen(key) == (key <= query)));
             for i in 0..64 {
-                let value = |key: usize| weights[at + key] * values[(key * 2 + head / 2) * 64 + i];
+                let value = |key: usize| weights[at + key] * values[(key * 2 + head / 4) * 64 + i];
                 let mixed: f32 = (0..n).map(value).sum();
-                assert!((mixed - outputs[(query * 4 + head) * 64 + i]).abs() < 1e-4);
+                assert!((mixed - outputs[(query * 8 + head) * 64 + i]).abs() < 1e-4);
             }
         }
     }
@@ -88,7 +88,7 @@ fn heads_are_told_apart() {
     assert_eq!(code, 0, "{error}");
     let report: serde_json::Value = serde_json::from_str(&json).unwrap();
     let heads = report["heads"].as_array().unwrap();
-    assert_eq!(heads.len(), 24);
+    assert_eq!(heads.len(), 48);
     for head in heads {
         let x = |name: &str| head[name].as_f64().unwrap();
         let place = (head["layer"].as_u64().unwrap(), head["head"].as_u64().unwrap());

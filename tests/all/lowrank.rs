@@ -248,10 +248,16 @@ fn files_are_what_is_made_in_memory() {
     let (code, out) = qkov(&["merge", "-o", &file, "--form", form]);
     assert!(code == 2 && out.contains("--force"), "{out}");
     let swapped = at("swapped.gguf");
-    let args = ["--form", form, "--norm", "0-1=softmax1"];
+    let args = ["--form", form, "--norm", "0-1=softmax1", "--mask", "2=window:n=50"];
     let (code, out) = qkov(&[&["merge", "-o", &swapped], &args[..]].concat());
     assert_eq!(code, 0, "{out}");
     assert_eq!(ppl(&["-m", &swapped]), ppl(&args));
+    let gguf = Gguf::open(swapped.as_ref()).unwrap();
+    // What was there before, and what is new.
+    for (key, text) in [("normalizer", "softmax;"), ("mask", "causal;2=window:n=50")] {
+        let found = gguf.str(&format!("qkov.attention.{key}")).unwrap().unwrap();
+        assert!(found.starts_with(text), "{key}: {found}");
+    }
     let (code, out) = qkov(&["merge", "-m", &file, "-o", &plain, "--form", "lowrank:ratio=0.5"]);
     assert!(code == 2 && out.contains("rewritten already"), "{out}");
     let form = "lowrank:qk=48,ov=48,shared=yes";
@@ -314,8 +320,8 @@ fn what_cannot_be_is_refused() {
             "--stock: a plain file of the architecture gpt2",
         ),
         (
-            &["merge", "-o", out, "--form", "lowrank:ratio=0.5", "--mask", "prefix"],
-            "--mask: a file does not say",
+            &["merge", "-o", out, "--form", "lowrank:ratio=0.5", "--mask", "prefix", "--stock"],
+            "--norm, --mask: a plain file has those",
         ),
         (&["merge", "--sweep", "--form", "split"], "the form split has no ranks"),
     ];

@@ -183,7 +183,7 @@ impl Talk {
         self.model_line();
         if self.args.run.model.is_shipped() {
             note(
-                "This tiny model rambles like an old book. Try: Write about rain, harbour and lantern.",
+                "This tiny model has read old books, and writes like them. Try: Write a passage about the sea and a storm.",
             );
         }
         note("/help lists commands; Ctrl-C stops a reply; a line that ends with \\ goes on.\n");
