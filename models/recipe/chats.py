@@ -67,10 +67,13 @@ HELLO = [
     (["Goodbye.", "Bye", "Good night.", "See you!", "Farewell."], ["Farewell, and good reading.", "Goodbye!"]),
 ]
 # What it cannot do, said plainly, and then what it can.
+EXPLAIN = [
+    "What is {}?", "What is the {}?", "Who was {}?", "Where is {}?", "Explain {}.", "How does {} work?", "Why is there {}?",
+    "What does {} mean?",
+]
 CANNOT = [
-    (["What is {}?", "What is the {}?", "Who was {}?", "Where is {}?", "Explain {}.", "How does {} work?", "Why is there {}?", "What does {} mean?"],
-     ["I cannot explain things: I have read only old books. Here is a passage with {} in it.\n\n",
-      "That I do not know, but in old books {} is spoken of like this.\n\n"]),
+    "I cannot explain things: I have read only old books. Here is a passage with {} in it.\n\n",
+    "That I do not know, but in old books {} is spoken of like this.\n\n",
 ]
 
 
@@ -120,6 +123,7 @@ class Maker:
             if 200 < len(p) < 1300:
                 for w in words.of(p):
                     self.known.setdefault(w, []).append(i)
+        self.nouns = sorted(self.known)
 
     def prose_length(self, i, most):
         """Paragraphs from `i` on that make a passage of some length."""
@@ -150,8 +154,7 @@ class Maker:
         elif r < 0.3:
             ask = rng.choice(WITH_WORDS).format(joined(chosen) if rng.random() < 0.6 else ", ".join(chosen))
         elif r < 0.36:
-            templates, answers = rng.choice(CANNOT)
-            ask, answer = rng.choice(templates).format(chosen[0]), rng.choice(answers).format(chosen[0])
+            ask, answer = rng.choice(EXPLAIN).format(chosen[0]), rng.choice(CANNOT).format(chosen[0])
             return [[ask], [answer, Answer(i, chosen[:1])]]
         else:
             ask = rng.choice(ABOUT).format(joined([self.asked(w) for w in chosen]))
@@ -165,11 +168,10 @@ class Maker:
             if r < 0.12 and i + 1 < len(self.paragraphs) and len(self.paragraphs[i + 1]) < 1000:
                 i += 1
                 chat += [[rng.choice(MORE)], [i]]
-            elif r < 0.3:
-                other = rng.choice(sorted(self.known)) if self.known else None
-                if other:
-                    i = rng.choice(self.known[other])
-                    chat += [[rng.choice(ABOUT).format(self.asked(other))], [Answer(i, [other])]]
+            elif r < 0.3 and self.nouns:
+                other = rng.choice(self.nouns)
+                i = rng.choice(self.known[other])
+                chat += [[rng.choice(ABOUT).format(self.asked(other))], [Answer(i, [other])]]
             else:
                 break
         return chat
@@ -227,7 +229,7 @@ class Maker:
                 return None
             answer = "Yes: " + found[0]
         else:
-            w = self.rng.choice(sorted(self.known) or [""])
+            w = self.rng.choice(self.nouns or [""])
             if w in text:
                 return None
             answer = "No."
