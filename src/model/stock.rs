@@ -3,7 +3,7 @@
 use super::{MASK_KEY, Model, NORMALIZER_KEY, NewLayer};
 use crate::arch::{Hparams, Scaling, rewritten};
 use crate::bad_usage;
-use crate::error::Result;
+use crate::error::{Result, excerpt};
 use crate::gguf::{Bytes, Data, Gguf, Value, Writer};
 use crate::merge::{BLOCK, KvHead};
 use crate::quant::{self, Format};
@@ -19,9 +19,8 @@ impl Model {
             if let Some(text) = self.gguf.str(key)?
                 && text != plain
             {
-                bad_usage!(
-                    "--stock: the file has {key} = {text}, which other programs do not read"
-                );
+                let text = excerpt(text);
+                bad_usage!("--stock: {key} = \"{text}\", which other programs do not read");
             }
         }
         let head = self.one_head(&layers)?;
