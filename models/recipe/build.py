@@ -13,6 +13,8 @@ import sys
 import train
 
 HERE = pathlib.Path(__file__).parent
+# What a config's `data` is made with.
+DATA = {"books": ["--passes", 7], "words": ["--words"]}
 
 
 def run(script, *args):
@@ -25,10 +27,10 @@ def make(name, books, text, out):
     c = train.config(path)
     if "start" in c:
         make(c["start"], books, text, out)
-    flags, tokens = (["--words"], "words") if "asked" in c else (["--passes", 7], "books")
-    tokens = out / f"{tokens}.bin"
+    data = c.get("data", "books")
+    tokens = out / f"{data}.bin"
     if not tokens.exists():
-        run("corpus", books, tokens, *flags)
+        run("corpus", books, tokens, *DATA[data])
     run("train", path, "--tokens", tokens, "--valid", text, "--out", out)
     for ty in ("F16", "Q8_0"):
         run("export", out / f"{name}.pt", out / f"{name}-{ty.lower()}.gguf", ty)

@@ -106,8 +106,9 @@ def table(head, rows):
 
 
 def normalizer_table(rows):
-    head = ["normalizer", "trained: perplexity", "ln ratio", "copies, nats", "first key %", "row sum", "raw: perplexity", "KL", "copies",
-            "fitted: perplexity", "KL", "copies", "prompt speed", "token speed"]
+    swapped = ["KL", "copies", "first key %"]
+    head = ["normalizer", "trained: perplexity", "ln ratio", "KL", "copies, nats", "first key %", "row sum",
+            "raw: perplexity", *swapped, "fitted: perplexity", *swapped, "prompt speed", "token speed"]
     out = []
     for name, t, raw, fit, timed in rows:
         copies = lambda r: pm(r["retrieval_ln_p_gain"], r["retrieval_ln_p_gain_err"], 2)
@@ -115,8 +116,8 @@ def normalizer_table(rows):
         out.append([
             f"`{name}`", pm(t["ppl"], t["ppl_err"], 2),
             pm(t["ln_ppl_ratio"], t["ln_ppl_ratio_err"], 4) if "ln_ppl_ratio" in t else "0",
-            copies(t), sinks_of(t["heads"]), f"{mean_of_heads(t, 'mass'):.2f}",
-            f"{raw['ppl']:.2f}", f"{raw['kl_mean']:.4f}", copies(raw), f"{fit['ppl']:.2f}", f"{fit['kl_mean']:.4f}", copies(fit),
+            f"{t.get('kl_mean', 0):.2f}", copies(t), sinks_of(t["heads"]), f"{mean_of_heads(t, 'mass'):.2f}",
+            *(x for r in (raw, fit) for x in (f"{r['ppl']:.2f}", f"{r['kl_mean']:.4f}", copies(r), sinks_of(r["heads"]))),
             speed(timed, "prefill"), speed(timed, "decode"),
         ])
     return table(head, out)

@@ -11,7 +11,8 @@ use qkov::model::Model;
 use qkov::session::{Options, Session};
 
 use crate::cli::code_and_text as qkov;
-use crate::lowrank::{changed, distance, golden, session, tokens, trained};
+use crate::family;
+use crate::lowrank::{changed, distance, golden, session, tokens};
 
 const FORMS: [&str; 2] = ["center", "center:data=no"];
 
@@ -40,7 +41,9 @@ fn logits(mut session: Session) -> Vec<f32> {
 #[test]
 fn no_matrix_changes_and_no_logit() {
     let mut refused = Vec::new();
-    for (name, gguf) in crate::families::files().into_iter().chain([("ours".into(), trained())]) {
+    for (name, gguf) in
+        crate::families::files().into_iter().chain([("ours".into(), family::gguf("softmax"))])
+    {
         let whole = logits(session(gguf.clone(), 64));
         for form in FORMS {
             let model = Model::from_gguf(gguf.clone()).unwrap();
@@ -86,8 +89,10 @@ fn the_text_stays_the_same() {
         }
         out
     };
-    let whole = write(trained());
-    FORMS.iter().for_each(|form| assert_eq!(write(formed(&trained(), form)), whole, "{form}"));
+    let whole = write(family::gguf("softmax"));
+    FORMS.iter().for_each(|form| {
+        assert_eq!(write(formed(&family::gguf("softmax"), form)), whole, "{form}")
+    });
 }
 
 #[test]

@@ -13,14 +13,11 @@ use qkov::quant;
 use qkov::session::{Options, Session};
 
 use crate::cli::code_and_text as qkov;
+use crate::family;
 
 pub fn golden(name: &str) -> Gguf {
     let path = format!("{}/tests/golden/{name}.gguf", env!("CARGO_MANIFEST_DIR"));
     Gguf::open(path.as_ref()).unwrap()
-}
-
-pub fn trained() -> Gguf {
-    crate::family::gguf("softmax")
 }
 
 pub fn session(gguf: Gguf, n_ctx: usize) -> Session {
@@ -202,7 +199,7 @@ fn every_family_loses_nothing_without_what_carries_nothing() {
 
 #[test]
 fn data_helps() {
-    let gguf = trained();
+    let gguf = family::gguf("softmax");
     let model = Model::from_gguf(gguf.clone()).unwrap();
     let all = model.tokenizer.encode(qkov::measure::SAMPLE, true, false).unwrap();
     let (fit, judge) = (all[..1024].to_vec(), all[1024..2048].to_vec());
