@@ -122,6 +122,25 @@ impl Attention {
     }
 }
 
+/// Where tokens at these positions must end to be read together: after the last key that any of them
+/// sees in any layer, as `prompt` may have more of them see each other.
+pub fn together(layers: &[Attention], positions: Range<usize>, prompt: &Range<usize>) -> usize {
+    let Range { start, mut end } = positions;
+    let mut position = start.max(prompt.start);
+    while position < end.min(prompt.end) {
+        let ends = layers.iter().map(|a| a.visible(position, prompt).end());
+        end = end.max(ends.max().unwrap_or(0));
+        position += 1;
+    }
+    end
+}
+
+/// Whether a token of this prompt sees a later one in any layer.
+pub fn looks_ahead(layers: &[Attention], prompt: &Range<usize>) -> bool {
+    let ahead = |p| layers.iter().any(|a| a.visible(p, prompt).end() > p + 1);
+    prompt.clone().any(ahead)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

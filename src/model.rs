@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use crate::arch::{Bias, Hparams, LayerHparams, QkNorm, Rope, Scaling, rewritten};
-use crate::attention::Attention;
+use crate::attention::{Attention, together};
 use crate::bad_file;
 use crate::error::{Result, excerpt};
 use crate::gguf::Gguf;
@@ -170,19 +170,6 @@ impl Model {
         Ok(())
     }
 
-    /// Where tokens at these positions must end to be read together: after the last key that any
-    /// of them sees in any layer, as `prompt` may have more of them see each other.
-    pub fn together(&self, positions: Range<usize>, prompt: &Range<usize>) -> usize {
-        let Range { start, mut end } = positions;
-        let mut position = start.max(prompt.start);
-        while position < end.min(prompt.end) {
-            let ends = self.attention.iter().map(|a| a.visible(position, prompt).end());
-            end = end.max(ends.max().unwrap_or(0));
-            position += 1;
-        }
-        end
-    }
-
     /// Splits `n` tokens at positions from `n_past` on into batches of about `n_batch`, each with the
     /// tokens that it must be read together with: indices of its tokens, and of those of `wanted` that
     /// are in it, from the batch's first.
@@ -195,18 +182,12 @@ impl Model {
         let mut start = 0;
         std::iter::from_fn(move || {
             let end = n_past + n.min(start + n_batch);
-            let batch = start..self.together(n_past + start..end, prompt) - n_past;
+            let batch = start..together(&self.attention, n_past + start..end, prompt) - n_past;
             let part = |at: usize| at.clamp(batch.start, batch.end) - batch.start;
             let wanted = part(wanted.start)..part(wanted.end).max(part(wanted.start));
             start = batch.end;
             (!batch.is_empty()).then_some((batch, wanted))
         })
-    }
-
-    /// Whether a token of this prompt sees a later one in any layer.
-    pub fn looks_ahead(&self, prompt: &Range<usize>) -> bool {
-        let ahead = |p| self.attention.iter().any(|a| a.visible(p, prompt).end() > p + 1);
-        prompt.clone().any(ahead)
     }
 
     /// Changes the plan as a file says.

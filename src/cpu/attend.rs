@@ -9,8 +9,8 @@ use super::forward::{Buffers, Pass, ThreadBuffers};
 use super::kernels::{Activations, Copies, LANES, Scratch, multiply};
 use super::rows::Rows;
 use super::runs::{Run, Runs};
+use super::spans::Part;
 use super::threads::Columns;
-use crate::attention::Attention;
 use crate::merge::Kept;
 use crate::simd;
 
@@ -209,56 +209,57 @@ pub(super) fn fill_queries<'a>(
 }
 
 impl Buffers {
-    /// Attention of the tokens in `q`, the first of which is at `position`, into `heads`.
-    pub(super) fn attend(
-        &mut self,
-        pass: &Pass,
-        layer: usize,
-        cache: &mut KvCache,
-        position: usize,
-    ) {
-        let attention = &pass.model.attention[layer];
-        let g = &attention.geometry;
-        let n = self.q.len() / g.query_width();
+    /// Attention of the tokens in `q` into `heads`.
+    pub(super) fn attend(&mut self, pass: &Pass, layer: usize, parts: &mut [Part]) {
+        let g = &pass.model.attention[layer].geometry;
         let observer = pass.observer.filter(|o| o.wants(layer));
-        if g.kept != Kept::KeysAndValues {
-            if n == 1 && observer.is_none() {
-                return self.attend_latent(pass, layer, cache, position);
+        if g.kept == Kept::KeysAndValues && observer.is_none() {
+            return self.attend_parts(pass, layer, parts);
+        }
+        for part in parts.iter_mut().filter(|part| !part.rows.is_empty()) {
+            if g.kept != Kept::KeysAndValues {
+                if part.rows.len() == 1 && observer.is_none() {
+                    self.attend_latent(pass, layer, part);
+                    continue;
+                }
+                let n = part.rows.len();
+                let visible = |t: usize| part.attention[layer].visible(part.position + t, part.prompt);
+                let positions = match observer {
+                    // It sees the values of all.
+                    Some(_) => [0..0, 0..part.position + n],
+                    None => Runs::by((0..n).map(visible)).positions(),
+                };
+                self.rebuild(pass, layer, part.cache, &positions);
             }
-            let visible = |t: usize| attention.visible(position + t, pass.prompt);
-            let positions = match observer {
-                // It sees the values of all.
-                Some(_) => [0..0, 0..position + n],
-                None => Runs::by((0..n).map(visible)).positions(),
-            };
-            self.rebuild(pass, layer, cache, &positions);
+            match observer {
+                Some(observer) => self.observe(pass, layer, part, observer),
+                None => self.attend_parts(pass, layer, std::slice::from_ref(part)),
+            }
         }
-        let cache = &*cache;
-        let at = cache.rebuilt(layer).unwrap_or((cache, layer));
-        if let Some(observer) = observer {
-            return self.observe(pass, (at, layer), position, observer);
-        }
-        match n == 1 && attention.visible(position, pass.prompt).len() > SHORT {
-            true => self.attend_one(pass, attention, at, position),
-            false => self.attend_blocks(pass, attention, at, position),
+    }
+
+    /// The same over keys and values that are there.
+    fn attend_parts(&mut self, pass: &Pass, layer: usize, parts: &[Part]) {
+        match parts {
+            [part] if part.rows.len() == 1 && part.visible(layer, 0).len() > SHORT => {
+                self.attend_one(pass, layer, part);
+            }
+            _ => self.attend_blocks(pass, layer, parts),
         }
     }
 
     /// Attention of one token: over tasks of keys, then of heads, then of values.
-    fn attend_one(
-        &mut self,
-        pass: &Pass,
-        attention: &Attention,
-        (cache, layer): (&KvCache, usize),
-        position: usize,
-    ) {
+    fn attend_one(&mut self, pass: &Pass, layer: usize, part: &Part) {
+        let (attention, position) = (&part.attention[layer], part.position);
         let g = &attention.geometry;
+        let (cache, layer) = part.keys_and_values(layer);
         let (n_head_kv, per_kv) = (g.n_head_kv(), g.per_kv());
-        let visible = attention.visible(position, pass.prompt);
+        let visible = attention.visible(position, part.prompt);
         let runs = Runs::by(std::iter::once(visible.clone()));
         let width = runs.width();
         let copies = cache.key_copies();
         let Buffers { q, heads, scores, threads, .. } = self;
+        let q = part.of(q, g.query_width());
         scores.resize(g.n_head * width, 0.0);
 
         let n_tasks = runs.n_parts(KEYS_PER_TASK);
@@ -283,7 +284,7 @@ impl Buffers {
         });
         let widest = g.kv.iter().map(|kv| kv.value_dim).max().unwrap_or(0);
         let n_tasks = widest.div_ceil(VALUES_PER_TASK);
-        let out = Columns::new(&mut heads.floats[..], heads.width);
+        let out = Columns::new(&mut heads.floats[..], heads.width).skip(part.rows.start);
         pass.crew.each_with(threads, n_head_kv * n_tasks, |own, task| {
             let (head, start) = (task / n_tasks, task % n_tasks * VALUES_PER_TASK);
             let dim = g.kv[head].value_dim;
@@ -301,36 +302,40 @@ impl Buffers {
         });
     }
 
-    /// Attention of several tokens: a task is a block of them at one kv head.
-    fn attend_blocks(
-        &mut self,
-        pass: &Pass,
-        attention: &Attention,
-        (cache, layer): (&KvCache, usize),
-        n_past: usize,
-    ) {
-        let g = &attention.geometry;
+    /// Attention of several tokens: a task is a block of those of a sequence at one kv head.
+    fn attend_blocks(&mut self, pass: &Pass, layer: usize, parts: &[Part]) {
+        let g = &pass.model.attention[layer].geometry;
         let (n_head_kv, per_kv) = (g.n_head_kv(), g.per_kv());
         let q_width = g.query_width();
-        let n = self.q.len() / q_width;
         let n_block = (QUERY_ROWS / per_kv).max(1);
-        let n_blocks = n.div_ceil(n_block);
-        let copies = cache.key_copies();
         let Buffers { q, heads, threads, .. } = self;
         let heads = Columns::new(&mut heads.floats[..], heads.width);
+        // Where the tasks of each part end.
+        let mut n_tasks = 0;
+        let ends = Vec::from_iter(parts.iter().map(|part| {
+            n_tasks += n_head_kv * part.rows.len().div_ceil(n_block);
+            n_tasks
+        }));
         // A head after the other, whose keys and values stay near; its longest rows first, so that no
         // thread ends with one.
-        pass.crew.each_with(threads, n_head_kv * n_blocks, |own, task| {
+        pass.crew.each_with(threads, n_tasks, |own, task| {
+            let at = ends.partition_point(|end| *end <= task);
+            let (part, task) = (&parts[at], task - if at > 0 { ends[at - 1] } else { 0 });
+            let attention = &part.attention[layer];
+            let n = part.rows.len();
+            let n_blocks = n.div_ceil(n_block);
             let (head, block) = (task / n_blocks, n_blocks - 1 - task % n_blocks);
             let tokens = block * n_block..n.min((block + 1) * n_block);
             let n_rows = tokens.len() * per_kv;
             let start = g.queries(head * per_kv).start;
             let (dim, value_dim) = (g.kv[head].score_dim, g.kv[head].value_dim);
-            fill_queries(&mut own.q, n_rows, (dim, cache.types().0.whole(dim)), copies, |r| {
-                let (t, i) = (tokens.start + r / per_kv, r % per_kv);
+            let (cache, layer) = part.keys_and_values(layer);
+            let dims = (dim, cache.types().0.whole(dim));
+            fill_queries(&mut own.q, n_rows, dims, cache.key_copies(), |r| {
+                let (t, i) = (part.rows.start + tokens.start + r / per_kv, r % per_kv);
                 &q[t * q_width + start + i * dim..][..dim]
             });
-            let visible = |t: usize| attention.visible(n_past + t, pass.prompt);
+            let visible = |t: usize| attention.visible(part.position + t, part.prompt);
             let runs = Runs::by(tokens.clone().map(visible));
             let width = runs.width();
             let kv = Head { cache, layer, head };
@@ -344,7 +349,7 @@ impl Buffers {
                 let (t, h) = (tokens.start + r / per_kv, head * per_kv + r % per_kv);
                 let visible = visible(t);
                 runs.weigh(row, &visible, |scores| {
-                    attention.weigh((n_past + t, &visible), h, scores);
+                    attention.weigh((part.position + t, &visible), h, scores);
                 });
             }
             out.resize(n_rows * value_dim, 0.0);
@@ -357,7 +362,8 @@ impl Buffers {
             for (i, t) in tokens.enumerate() {
                 let (n, start) = (per_kv * value_dim, g.outputs(head * per_kv).start);
                 // SAFETY: tasks have heads and tokens of their own.
-                unsafe { heads.part(t, start, n) }.copy_from_slice(&out[i * n..(i + 1) * n]);
+                let to = unsafe { heads.part(part.rows.start + t, start, n) };
+                to.copy_from_slice(&out[i * n..(i + 1) * n]);
             }
         });
     }

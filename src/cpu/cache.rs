@@ -254,13 +254,12 @@ impl KvCache {
         LAYOUTS[self.values.layout(false)].panel_bytes(self.places())
     }
 
-    /// Stores keys and values of the positions from `n_past` on. `keys: [n, sum of score_dim]`,
-    /// `values: [n, sum of value_dim]`
+    /// Stores keys and values of a layer at the positions from `n_past` on, with the help of others if
+    /// there is a crew. `keys: [n, sum of score_dim]`, `values: [n, sum of value_dim]`
     pub(super) fn store(
         &mut self,
-        crew: &Crew,
-        layer: usize,
-        n_past: usize,
+        crew: Option<&Crew>,
+        (layer, n_past): (usize, usize),
         keys: &[f32],
         values: &[f32],
     ) {
@@ -274,16 +273,16 @@ impl KvCache {
             value_starts,
             ..
         } = &mut self.layers[layer];
-        let parallel = keys.len() + values.len() >= MIN_PARALLEL;
+        let crew = crew.filter(|_| keys.len() + values.len() >= MIN_PARALLEL);
         let each_head =
             |map: &mut MmapMut, starts: &[usize], f: &(dyn Fn(usize, &mut [u8]) + Sync)| {
                 let n_bytes = map.len();
                 let map = Columns::new(&mut map[..], n_bytes);
                 // SAFETY: heads have bytes of their own.
                 let part = |i: usize| unsafe { map.part(0, starts[i], starts[i + 1] - starts[i]) };
-                match parallel {
-                    true => crew.each(starts.len() - 1, |_, i| f(i, part(i))),
-                    false => (0..starts.len() - 1).for_each(|i| f(i, part(i))),
+                match crew {
+                    Some(crew) => crew.each(starts.len() - 1, |_, i| f(i, part(i))),
+                    None => (0..starts.len() - 1).for_each(|i| f(i, part(i))),
                 }
             };
         each_head(key_cache, key_starts, &|head, cache| {

@@ -3,7 +3,6 @@
 
 use std::ops::Range;
 
-use super::KvCache;
 use super::attend::MixBuffers;
 use super::experts::ExpertBuffers;
 use super::kernels::{Copies, Scratch};
@@ -13,6 +12,7 @@ use super::observe::{Input, Observer};
 use super::ops::{Rotation, Rotations, norm_row, norm_with};
 use super::products::{products, rows_per_task};
 use super::rows::Rows;
+use super::spans::{Part, Span, narrow, next_batch};
 use super::threads::{Columns, Crew, Team};
 use super::weights::{LayerMatrices, Matrices, Matrix};
 use crate::arch::{PostNorm, QkNorm};
@@ -43,6 +43,8 @@ pub(super) struct Buffers {
     pub(super) normed: Rows,
     /// What a block adds to it. `[n, n_embd]`
     added: Vec<f32>,
+    /// Of each token. `[n]`
+    positions: Vec<usize>,
     /// Queries `[n, n_head * key_dim]`, keys and values `[n, n_head_kv * ..]`.
     pub(super) q: Vec<f32>,
     pub(super) k: Vec<f32>,
@@ -119,36 +121,37 @@ impl Engine {
         self.matrices.all().map(Matrix::n_products).sum()
     }
 
-    /// Runs `tokens` at the positions from `n_past` on, which must fit the cache, and appends to
-    /// `out` what is asked of the tokens in `wanted` (indices into `tokens`): `[wanted, n_vocab]` or
-    /// `[wanted, n_embd]`; no logits of a model that has none.
-    /// Positions in `prompt` are those of a prompt; if its tokens see later ones, those must be in
-    /// `tokens` too. Such tokens go through the layers together, however many they are, and buffers
+    /// Takes spans of different sequences through the layers, and appends to `out` what is asked of
+    /// their wanted tokens, those of the first span first: `[wanted, n_vocab]` or `[wanted, n_embd]`; no
+    /// logits of a model that has none. What comes of a span does not depend on the others.
+    /// Tokens that see later ones go through the layers together, however many they are, and buffers
     /// grow with them: about `14 n_embd + 10 n_head * head_dim + 10 n_ff` bytes for each.
     pub fn forward(
         &mut self,
         model: &Model,
-        cache: &mut KvCache,
-        (tokens, n_past, prompt): (&[u32], usize, &Range<usize>),
-        wanted: Range<usize>,
+        spans: &mut [Span],
         observer: Option<&dyn Observer>,
         (asked, out): (Asked, &mut Vec<f32>),
     ) {
+        let Some(n_ctx) = spans.first().map(|span| span.cache.n_ctx()) else { return };
         let Engine { team, n_threads, rotations, matrices, buffers } = self;
-        let rotations = rotations.within(cache.n_ctx());
-        let n = if tokens.len() == 1 { n_threads.one } else { n_threads.batch };
+        let rotations = rotations.within(n_ctx);
+        let n_tokens: usize = spans.iter().map(|span| span.tokens.len()).sum();
+        let n = if n_tokens == 1 { n_threads.one } else { n_threads.batch };
         team.enter(n, |crew| {
-            let size = (tokens.len(), N_BATCH);
-            for (batch, wanted) in model.batches(size, (n_past, prompt), wanted) {
-                let n_past = n_past + batch.start;
-                let pass = Pass { crew, model, rotations, matrices, observer, n_past, prompt };
-                buffers.forward(&pass, cache, &tokens[batch], wanted, (asked, &mut *out));
+            let pass = Pass { crew, model, rotations, matrices, observer };
+            let mut starts = vec![0; spans.len()];
+            loop {
+                let (tokens, mut parts) = next_batch(spans, &mut starts, N_BATCH);
+                if parts.is_empty() {
+                    return;
+                }
+                buffers.forward(&pass, &tokens, &mut parts, (asked, &mut *out));
             }
         });
     }
 
-    /// Enters the team for work on a batch that begins at position 0 and is no prompt, in a context
-    /// of `n_ctx` tokens.
+    /// Enters the team for work on a batch in a context of `n_ctx` tokens.
     pub(super) fn in_pass(
         &mut self,
         model: &Model,
@@ -159,8 +162,7 @@ impl Engine {
         let Engine { team, n_threads, rotations, matrices, buffers } = self;
         let rotations = rotations.within(n_ctx);
         team.enter(n_threads.batch, |crew| {
-            let (n_past, prompt) = (0, &(0..0));
-            work(&Pass { crew, model, rotations, matrices, observer, n_past, prompt }, buffers);
+            work(&Pass { crew, model, rotations, matrices, observer }, buffers);
         });
     }
 }
@@ -172,10 +174,6 @@ pub(super) struct Pass<'a> {
     rotations: &'a [Rotation],
     pub(super) matrices: &'a Matrices,
     pub(super) observer: Option<&'a dyn Observer>,
-    /// Position of the batch's first token.
-    n_past: usize,
-    /// Positions of a prompt.
-    pub(super) prompt: &'a Range<usize>,
 }
 
 impl Pass<'_> {
@@ -189,59 +187,68 @@ impl Buffers {
     fn forward(
         &mut self,
         pass: &Pass,
-        cache: &mut KvCache,
         tokens: &[u32],
-        wanted: Range<usize>,
+        parts: &mut [Part],
         (asked, out): (Asked, &mut Vec<f32>),
     ) {
-        self.embed(pass, tokens);
+        self.embed(pass, tokens, parts);
         let last = pass.model.layers.len() - 1;
         // After the last cache is filled, only tokens of which something is asked go on.
         let looks = |o: &dyn Observer| o.wants(last) || o.wants_heads(last) || o.wants_inputs();
         let early = !pass.observer.is_some_and(looks);
         for i in 0..=last {
-            let rest = if i == last && early { wanted.clone() } else { 0..tokens.len() };
-            self.layer(pass, i, cache, rest);
+            self.layer(pass, i, parts, i == last && early);
         }
         if pass.shows_inputs() {
             self.norm(pass, pass.model.output_norm.as_ref(), Copies::default());
             pass.show(0, Input::Output, self.normed.seen());
         }
         if !early {
-            keep(&mut self.x, pass.model.hparams.n_embd, &wanted);
+            keep(&mut self.x, pass.model.hparams.n_embd, &narrow(parts));
         }
         match asked {
-            _ if wanted.is_empty() => {}
+            _ if self.x.is_empty() => {}
             Asked::States => self.states(pass, out),
-            Asked::Logits => self.logits(pass, wanted.len(), out),
+            Asked::Logits => self.logits(pass, out),
         }
     }
 
-    pub(super) fn embed(&mut self, pass: &Pass, tokens: &[u32]) {
+    pub(super) fn embed(&mut self, pass: &Pass, tokens: &[u32], parts: &[Part]) {
+        self.place(pass, parts);
         let hp = &pass.model.hparams;
         self.x.resize(tokens.len() * hp.n_embd, 0.0);
-        self.angles.resize(pass.rotations.len(), Vec::new());
-        for (rotation, angles) in pass.rotations.iter().zip(&mut self.angles) {
-            angles.resize(tokens.len(), Vec::new());
-            for (i, angles) in angles.iter_mut().enumerate() {
-                rotation.angles(pass.n_past + i, angles);
-            }
-        }
-        for (i, (x, token)) in self.x.chunks_exact_mut(hp.n_embd).zip(tokens).enumerate() {
-            pass.model.embed(*token, pass.n_past + i, x);
+        let rows = self.x.chunks_exact_mut(hp.n_embd);
+        for ((x, token), position) in rows.zip(tokens).zip(&self.positions) {
+            pass.model.embed(*token, *position, x);
             if let Some(norm) = &pass.model.embedding_norm {
                 norm_row(hp.norm, norm, x);
             }
         }
     }
 
+    /// Takes the positions of a batch.
+    pub(super) fn place(&mut self, pass: &Pass, parts: &[Part]) {
+        self.positions.clear();
+        for part in parts {
+            self.positions.extend(part.position..part.position + part.rows.len());
+        }
+        self.angles.resize(pass.rotations.len(), Vec::new());
+        for (rotation, angles) in pass.rotations.iter().zip(&mut self.angles) {
+            angles.resize(self.positions.len(), Vec::new());
+            for (position, angles) in self.positions.iter().zip(angles) {
+                rotation.angles(*position, angles);
+            }
+        }
+    }
+
     /// `x += attention(norm(x)); x += ffn(norm(x))`, or both from one `x` where the model says so.
-    /// Keys and values are those of all tokens; only the tokens in `rest` stay in `x`.
-    pub(super) fn layer(&mut self, pass: &Pass, i: usize, cache: &mut KvCache, rest: Range<usize>) {
-        self.attention(pass, i, cache, rest.clone());
-        if rest.is_empty() {
+    /// Keys and values are those of all tokens; if it `ends` the pass, only wanted tokens stay in `x`.
+    pub(super) fn layer(&mut self, pass: &Pass, i: usize, parts: &mut [Part], ends: bool) {
+        self.attention(pass, i, parts, ends);
+        if self.x.is_empty() {
             return;
         }
+        let n = self.x.len() / pass.model.hparams.n_embd;
         let layer = &pass.model.layers[i];
         let w = &pass.matrices.layers[i];
         // In a parallel layer before `x` changes, unless the FFN reads what attention has read.
@@ -257,23 +264,17 @@ impl Buffers {
         }
         pass.show(i, Input::Ffn, self.normed.seen());
         if let Some(w) = &w.ffn {
-            self.ffn(pass, w, rest.len());
+            self.ffn(pass, w, n);
             self.show_hidden(pass, i);
             self.add_product(pass, &w.down, Source::Up, layer.post_ffw_norm.as_ref());
         }
         if let Some((w, layer)) = w.experts.as_ref().zip(layer.experts.as_ref()) {
-            self.experts(pass, i, (w, layer), rest.len());
+            self.experts(pass, i, (w, layer), n);
         }
     }
 
-    /// Outputs of the heads for the tokens in `rest`, which alone stay in `x`.
-    pub(super) fn attention(
-        &mut self,
-        pass: &Pass,
-        i: usize,
-        cache: &mut KvCache,
-        rest: Range<usize>,
-    ) {
+    /// Outputs of the heads; if the layer `ends` the pass, for wanted tokens, which alone stay in `x`.
+    pub(super) fn attention(&mut self, pass: &Pass, i: usize, parts: &mut [Part], ends: bool) {
         let hp = &pass.model.hparams;
         let layer = &pass.model.layers[i];
         let w = &pass.matrices.layers[i];
@@ -301,26 +302,28 @@ impl Buffers {
         self.norm_heads(pass, (i, layer));
         let before = looks.map(|_| (self.q.clone(), self.k.clone()));
         self.rotate(pass, i, n);
-        self.store(pass, i, cache);
-        if rest.is_empty() {
-            return;
-        }
-        if rest.len() < n {
-            keep(&mut self.x, hp.n_embd, &rest);
-            keep(&mut self.q, pass.model.attention[i].geometry.query_width(), &rest);
+        self.store(pass, i, parts);
+        let g = &pass.model.attention[i].geometry;
+        if ends {
+            let wanted = narrow(parts);
+            keep(&mut self.x, hp.n_embd, &wanted);
+            keep(&mut self.q, g.query_width(), &wanted);
             if is_shared {
-                keep(&mut self.normed.floats, hp.n_embd, &rest);
-                self.normed.resize(rest.len(), hp.n_embd);
+                keep(&mut self.normed.floats, hp.n_embd, &wanted);
+                self.normed.resize(self.x.len() / hp.n_embd, hp.n_embd);
                 self.normed.finish(pass.crew, w.ffn_copies(), |_, _| {});
             }
         }
-        self.heads.resize(rest.len(), w.attn_output.n_in);
-        self.attend(pass, i, cache, pass.n_past + rest.start);
-        let attention = &pass.model.attention[i];
-        let g = &attention.geometry;
-        self.heads.finish(pass.crew, w.attn_output.copies, |_, row| {
+        if self.x.is_empty() {
+            return;
+        }
+        self.heads.resize(self.x.len() / hp.n_embd, w.attn_output.n_in);
+        self.attend(pass, i, parts);
+        let parts = &*parts;
+        self.heads.finish(pass.crew, w.attn_output.copies, |t, row| {
+            let part = parts.partition_point(|part| part.rows.end <= t);
             for head in 0..g.n_head {
-                if let Some(mean) = attention.mean(head) {
+                if let Some(mean) = parts[part].attention[i].mean(head) {
                     simd::add(&mut row[g.outputs(head)], mean);
                 }
             }
@@ -367,21 +370,39 @@ impl Buffers {
         }
     }
 
-    /// Stores what the cache keeps of the batch.
-    fn store(&mut self, pass: &Pass, i: usize, cache: &mut KvCache) {
-        let (n_past, crew) = (pass.n_past, pass.crew);
-        match pass.model.attention[i].geometry.kept {
-            Kept::KeysAndValues => cache.store(crew, i, n_past, &self.k, &self.v),
-            Kept::Keys { n_planes } => {
-                if let Some(rope) = pass.model.hparams.layers[i].rope.filter(|_| n_planes > 0) {
-                    cache.turn(n_past, &self.angles[rope]);
+    /// Stores what the caches keep of the batch.
+    fn store(&mut self, pass: &Pass, i: usize, parts: &mut [Part]) {
+        let g = &pass.model.attention[i].geometry;
+        let rope = pass.model.hparams.layers[i].rope;
+        let of = |part: &mut Part, crew: Option<&Crew>| {
+            let (at, position) = ((i, part.position), part.position);
+            let keys = |width: usize| part.of(&self.k, width);
+            match g.kept {
+                Kept::KeysAndValues => {
+                    let values = part.of(&self.v, g.value_width());
+                    let keys = keys(g.key_width());
+                    part.cache.store(crew, at, keys, values);
                 }
-                cache.store(crew, i, n_past, &self.k, &[]);
+                Kept::Keys { n_planes } => {
+                    let keys = keys(g.key_width());
+                    if let Some(rope) = rope.filter(|_| n_planes > 0) {
+                        part.cache.turn(position, &self.angles[rope][part.rows.clone()]);
+                    }
+                    part.cache.store(crew, at, keys, &[]);
+                }
+                Kept::Latent { rank, n_rotated } => {
+                    let all = match n_rotated {
+                        0 => &self.normed.floats,
+                        _ => &self.latent.made,
+                    };
+                    let rows = part.of(all, rank + n_rotated);
+                    part.cache.store(crew, at, rows, &[]);
+                }
             }
-            Kept::Latent { n_rotated: 0, .. } => {
-                cache.store(crew, i, n_past, &self.normed.floats, &[]);
-            }
-            Kept::Latent { .. } => cache.store(crew, i, n_past, &self.latent.made, &[]),
+        };
+        match parts {
+            [part] => of(part, Some(pass.crew)),
+            _ => pass.crew.chunks(parts, 1, |_, _, parts| of(&mut parts[0], None)),
         }
     }
 
@@ -435,7 +456,7 @@ impl Buffers {
                 of_kv(t, kv, x);
                 rest = next;
             }
-            simd::scale(row, attention.scale(pass.n_past + t));
+            simd::scale(row, attention.scale(self.positions[t]));
         });
         if rotation.is_none() {
             return;
@@ -507,8 +528,9 @@ impl Buffers {
         out.extend_from_slice(&self.normed.floats);
     }
 
-    fn logits(&mut self, pass: &Pass, n: usize, logits: &mut Vec<f32>) {
+    fn logits(&mut self, pass: &Pass, logits: &mut Vec<f32>) {
         let hp = &pass.model.hparams;
+        let n = self.x.len() / hp.n_embd;
         let Some(w) = &pass.matrices.output else { return };
         self.norm(pass, pass.model.output_norm.as_ref(), w.copies);
         let start = logits.len();
@@ -532,9 +554,13 @@ impl Buffers {
 }
 
 /// Drops all rows but some.
-fn keep(data: &mut Vec<f32>, width: usize, rows: &Range<usize>) {
-    data.copy_within(rows.start * width..rows.end * width, 0);
-    data.truncate(rows.len() * width);
+fn keep(data: &mut Vec<f32>, width: usize, rows: &[Range<usize>]) {
+    let mut end = 0;
+    for rows in rows {
+        data.copy_within(rows.start * width..rows.end * width, end);
+        end += rows.len() * width;
+    }
+    data.truncate(end);
 }
 
 /// Where a product's input lies.

@@ -17,9 +17,9 @@ use super::kernels::{LANES, multiply};
 use super::products::products;
 use super::rows::Rows;
 use super::runs::{Run, Runs};
+use super::spans::Part;
 use super::threads::Columns;
 use super::tiles::{self, Lanes, TILE_PANELS};
-use crate::attention::Attention;
 use crate::merge::Kept;
 use crate::simd;
 
@@ -153,20 +153,20 @@ impl Buffers {
         &mut self,
         pass: &Pass,
         layer: usize,
-        cache: &KvCache,
-        position: usize,
+        part: &Part,
     ) {
-        let attention = &pass.model.attention[layer];
-        let visible = attention.visible(position, pass.prompt);
+        let attention = &part.attention[layer];
+        let (cache, position) = (&*part.cache, part.position);
+        let visible = part.visible(layer, 0);
         let runs = Runs::by(std::iter::once(visible.clone()));
         let stored = Stored { cache, layer };
         let width = runs.width();
         self.scores.resize(attention.geometry.n_head * width, 0.0);
         match attention.geometry.kept {
             Kept::Latent { rank, n_rotated } => {
-                self.score_absorbed(pass, attention, (stored, rank, n_rotated), &runs);
+                self.score_absorbed(pass, part, (stored, rank, n_rotated), &runs);
             }
-            _ => self.score_keys(pass, attention, stored, &runs),
+            _ => self.score_keys(pass, part, stored, &runs),
         }
         let shifts = &self.latent.shifts;
         pass.crew.chunks(&mut self.scores, width, |_, head, row| {
@@ -178,16 +178,17 @@ impl Buffers {
             });
         });
         self.mix_latent(pass, stored, &runs);
-        self.make_outputs(pass, attention, layer, width);
+        self.make_outputs(pass, part, layer, width);
     }
 
     /// Scores with keys that are what is cached, but for rotation.
-    fn score_keys(&mut self, pass: &Pass, attention: &Attention, stored: Stored, runs: &Runs) {
+    fn score_keys(&mut self, pass: &Pass, part: &Part, stored: Stored, runs: &Runs) {
         let Stored { cache, layer } = stored;
-        let g = &attention.geometry;
+        let g = &part.attention[layer].geometry;
         let Kept::Keys { n_planes } = g.kept else { return };
         let per_kv = g.per_kv();
         let Buffers { q, scores, threads, latent, .. } = self;
+        let q = part.of(q, g.query_width());
         latent.shifts.clear();
         let n_tasks = runs.n_parts(ROWS_PER_TASK);
         let out = Columns::new(&mut scores[..], runs.width());
@@ -217,12 +218,13 @@ impl Buffers {
     fn score_absorbed(
         &mut self,
         pass: &Pass,
-        attention: &Attention,
+        part: &Part,
         (stored, rank, n_rotated): (Stored, usize, usize),
         runs: &Runs,
     ) {
-        let g = &attention.geometry;
+        let g = &part.attention[stored.layer].geometry;
         let Buffers { q, scores, threads, latent, .. } = self;
+        let q = part.of(q, g.query_width());
         let LatentBuffers { queries, shifts, .. } = latent;
         let keys = &pass.model.layers[stored.layer].attn_k;
         let (_, whole) = stored.dims(0);
@@ -305,8 +307,8 @@ impl Buffers {
     }
 
     /// Outputs of the heads from mixed rows.
-    fn make_outputs(&mut self, pass: &Pass, attention: &Attention, layer: usize, width: usize) {
-        let g = &attention.geometry;
+    fn make_outputs(&mut self, pass: &Pass, part: &Part, layer: usize, width: usize) {
+        let g = &part.attention[layer].geometry;
         let w = &pass.matrices.layers[layer].attn_v;
         let Buffers { scores, heads, threads, latent, .. } = self;
         let (mixed, scores) = (&latent.mixed, &scores[..]);
@@ -326,7 +328,7 @@ impl Buffers {
             for (i, made) in own.out.chunks_exact(n).enumerate() {
                 let head = first + i;
                 // SAFETY: tasks have heads of their own.
-                let out = unsafe { heads.part(0, g.outputs(head).start, values.len()) };
+                let out = unsafe { heads.part(part.rows.start, g.outputs(head).start, values.len()) };
                 out.copy_from_slice(&made[skip..]);
                 if let Some(bias) = &w.bias {
                     // It has been added once, and weights may sum to anything.
@@ -352,7 +354,7 @@ impl Buffers {
                 let n = REBUILT_ROWS.min(run.end - start);
                 self.make_keys_and_values(pass, Stored { cache, layer }, (start, n));
                 let LatentBuffers { keys, values, .. } = &self.latent;
-                rebuilt.store(pass.crew, at, start, keys, values);
+                rebuilt.store(Some(pass.crew), (at, start), keys, values);
             }
         }
         cache.put_rebuilt(rebuilt);

@@ -8,6 +8,7 @@ use super::attend::{Head, fill_queries, rows};
 use super::forward::{Buffers, Engine, Pass, ThreadBuffers};
 use super::kernels::LANES;
 use super::runs::Runs;
+use super::spans::Part;
 use super::threads::Columns;
 use crate::error::Result;
 use crate::model::Model;
@@ -206,26 +207,28 @@ impl Buffers {
         });
     }
 
-    /// Attention of the tokens in `q`, the first of which is at `position`, into `heads`, a head at
-    /// a time, each of which is shown to `observer`. `at`: the layer's place in `cache`.
+    /// Attention of a part's tokens into `heads`, a head at a time, each of which is shown to
+    /// `observer`.
     pub(super) fn observe(
         &mut self,
         pass: &Pass,
-        ((cache, at), layer): ((&KvCache, usize), usize),
-        position: usize,
+        layer: usize,
+        part: &Part,
         observer: &dyn Observer,
     ) {
-        let attention = &pass.model.attention[layer];
+        let (attention, position) = (&part.attention[layer], part.position);
+        let (cache, at) = part.keys_and_values(layer);
         let g = &attention.geometry;
         let (q_width, per_kv) = (g.query_width(), g.per_kv());
-        let n = self.q.len() / q_width;
+        let n = part.rows.len();
         let n_keys = position + n;
-        let visible = |t: usize| attention.visible(position + t, pass.prompt);
+        let visible = |t: usize| part.visible(layer, t);
         let runs = Runs::by((0..n).map(visible));
         let width = runs.width();
         let copies = cache.key_copies();
         let Buffers { q, heads, threads, .. } = self;
-        let heads = Columns::new(&mut heads.floats[..], heads.width);
+        let q = part.of(q, q_width);
+        let heads = Columns::new(&mut heads.floats[..], heads.width).skip(part.rows.start);
         pass.crew.each_with(threads, g.n_head, |own, head| {
             let (place, value_dim) = (g.queries(head), g.kv[head / per_kv].value_dim);
             let dims = (place.len(), cache.types().0.whole(place.len()));
@@ -289,7 +292,8 @@ impl Engine {
         let mut streams = Vec::new();
         for tokens in windows {
             self.in_pass(model, cache.n_ctx(), None, |pass, buffers| {
-                buffers.embed(pass, tokens);
+                let alone = Part::alone(tokens.len(), &model.attention, cache);
+                buffers.embed(pass, tokens, &[alone]);
                 streams.push(std::mem::take(&mut buffers.x));
             });
         }
@@ -297,7 +301,10 @@ impl Engine {
             for x in &streams {
                 self.in_pass(model, cache.n_ctx(), Some(observer), |pass, buffers| {
                     buffers.x.clone_from(x);
-                    buffers.attention(pass, layer, cache, 0..x.len() / model.hparams.n_embd);
+                    let n = x.len() / model.hparams.n_embd;
+                    let parts = &mut [Part::alone(n, &model.attention, cache)];
+                    buffers.place(pass, parts);
+                    buffers.attention(pass, layer, parts, false);
                 });
             }
             if !change(model, layer)? {
@@ -306,7 +313,10 @@ impl Engine {
             for x in &mut streams {
                 self.in_pass(model, cache.n_ctx(), None, |pass, buffers| {
                     std::mem::swap(&mut buffers.x, x);
-                    buffers.layer(pass, layer, cache, 0..buffers.x.len() / model.hparams.n_embd);
+                    let n = buffers.x.len() / model.hparams.n_embd;
+                    let parts = &mut [Part::alone(n, &model.attention, cache)];
+                    buffers.place(pass, parts);
+                    buffers.layer(pass, layer, parts, false);
                     std::mem::swap(&mut buffers.x, x);
                 });
             }

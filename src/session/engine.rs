@@ -7,7 +7,7 @@ use super::Options;
 use crate::bad_usage;
 #[cfg(feature = "ggml")]
 use crate::cpu::threads::cores;
-use crate::cpu::{self, KvCache, Observer};
+use crate::cpu::{self, KvCache, Observer, Span};
 #[cfg(feature = "ggml")]
 use crate::engine::Kind;
 use crate::engine::{Asked, CacheType, Threads};
@@ -171,7 +171,10 @@ impl Engine {
     ) -> Result<()> {
         match self {
             Engine::Cpu { engine, cache, .. } => {
-                engine.forward(model, cache, batch, wanted, observer, asked);
+                let (tokens, n_past, prompt) = batch;
+                let attention = &model.attention;
+                let span = Span { tokens, n_past, prompt, wanted, attention, cache };
+                engine.forward(model, &mut [span], observer, asked);
                 Ok(())
             }
             #[cfg(feature = "ggml")]

@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::attention::{looks_ahead, together};
 use crate::bad_usage;
 use crate::cpu::Observer;
 use crate::cpu::threads::default_threads;
@@ -302,7 +303,7 @@ impl Session {
         let mut at = start;
         while at < prompt.end {
             let end = prompt.end.min(at.saturating_add(n_step));
-            let end = self.model.together(at..end, &prompt);
+            let end = together(&self.model.attention, at..end, &prompt);
             let wanted = end - at - usize::from(has_logits && end == prompt.end)..end - at;
             self.read(&all[at - start..end - start], &prompt, wanted, observer)?;
             at = end;
@@ -319,7 +320,7 @@ impl Session {
     fn begin_prompt(&mut self, n: usize, n_first: usize) -> Range<usize> {
         let start = self.tokens.len();
         let positions = start..start + n;
-        if n > n_first || self.model.looks_ahead(&positions) {
+        if n > n_first || looks_ahead(&self.model.attention, &positions) {
             self.prompts.push(Prompt { positions: positions.clone(), n: n_first });
         }
         positions
