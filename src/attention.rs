@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use crate::arch::{Hparams, Temperature};
 use crate::mask::Visible;
-use crate::merge::Geometry;
+use crate::merge::{self, Geometry};
 use crate::normalizer::{Choice, Row};
 use crate::plan::LayerPlan;
 use crate::simd;
@@ -85,6 +85,11 @@ impl Attention {
         if let Some(cap) = self.softcap {
             simd::softcap(scores, cap);
         }
+    }
+
+    /// How it is factored.
+    pub fn form(&self) -> &merge::Choice {
+        &self.plan.form
     }
 
     /// What turns scores into weights, of each head.

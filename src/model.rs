@@ -126,7 +126,6 @@ pub struct LatentLayer {
     pub kv_a_norm: NormWeight,
 }
 
-/// The attention of every layer, bound to a plan.
 fn attention(hparams: &Hparams, plan: &Plan) -> Vec<Attention> {
     let layers = plan.layers.iter().enumerate();
     layers.map(|(i, layer)| Attention::new(hparams, i, layer.clone())).collect()
@@ -203,6 +202,11 @@ impl Model {
         file.apply(&mut plan, &self.gguf.hash(), &self.hparams)?;
         self.check(&plan)?;
         Ok(plan)
+    }
+
+    /// The attention of every layer, bound to a plan for this model.
+    pub fn bind(&self, plan: &Plan) -> Vec<Attention> {
+        attention(&self.hparams, plan)
     }
 
     /// Uses another plan, which must be one for this model.

@@ -211,7 +211,7 @@ pub(super) fn fill_queries<'a>(
 impl Buffers {
     /// Attention of the tokens in `q` into `heads`.
     pub(super) fn attend(&mut self, pass: &Pass, layer: usize, parts: &mut [Part]) {
-        let g = &pass.model.attention[layer].geometry;
+        let g = pass.geometry(layer);
         let observer = pass.observer.filter(|o| o.wants(layer));
         if g.kept == Kept::KeysAndValues && observer.is_none() {
             return self.attend_parts(pass, layer, parts);
@@ -223,7 +223,8 @@ impl Buffers {
                     continue;
                 }
                 let n = part.rows.len();
-                let visible = |t: usize| part.attention[layer].visible(part.position + t, part.prompt);
+                let visible =
+                    |t: usize| part.attention[layer].visible(part.position + t, part.prompt);
                 let positions = match observer {
                     // It sees the values of all.
                     Some(_) => [0..0, 0..part.position + n],
@@ -304,7 +305,7 @@ impl Buffers {
 
     /// Attention of several tokens: a task is a block of those of a sequence at one kv head.
     fn attend_blocks(&mut self, pass: &Pass, layer: usize, parts: &[Part]) {
-        let g = &pass.model.attention[layer].geometry;
+        let g = pass.geometry(layer);
         let (n_head_kv, per_kv) = (g.n_head_kv(), g.per_kv());
         let q_width = g.query_width();
         let n_block = (QUERY_ROWS / per_kv).max(1);

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::attend::MixBuffers;
 use super::experts::ExpertBuffers;
@@ -16,9 +17,10 @@ use super::spans::{Part, Span, narrow, next_batch};
 use super::threads::{Columns, Crew, Team};
 use super::weights::{LayerMatrices, Matrices, Matrix};
 use crate::arch::{PostNorm, QkNorm};
+use crate::attention::Attention;
 use crate::engine::{Asked, Threads};
 use crate::error::Result;
-use crate::merge::Kept;
+use crate::merge::{Geometry, Kept};
 use crate::model::{Layer, Model, NormWeight};
 use crate::simd;
 
@@ -27,8 +29,9 @@ const N_BATCH: usize = 512;
 
 /// Threads, packed weights and buffers for one model.
 pub struct Engine {
-    team: Team,
+    team: Arc<Team>,
     n_threads: Threads,
+    exact: bool,
     rotations: Rotations,
     matrices: Matrices,
     buffers: Buffers,
@@ -86,19 +89,31 @@ impl Engine {
     /// Starts threads for `model` and packs its weights. `pin`: each thread stays on a core of its
     /// own. `exact`: activations are never rounded to be multiplied with weights.
     pub fn new(model: &Model, n_threads: Threads, pin: bool, exact: bool) -> Result<Engine> {
-        let team = Team::new(n_threads.most(), pin)?;
-        let rotations = Rotations::new(model);
-        let matrices = Matrices::new(model, &team, exact)?;
-        let mut buffers = Buffers::default();
-        buffers.threads.resize_with(team.n_threads(), ThreadBuffers::default);
-        Ok(Engine { team, n_threads, rotations, matrices, buffers })
+        let team = Arc::new(Team::new(n_threads.most(), pin)?);
+        Engine::of(model, &model.attention, (team, n_threads), exact)
     }
 
-    /// The same for the model in other forms, with as many threads.
-    pub fn again(&self, model: &Model, pin: bool, exact: bool) -> Result<Engine> {
-        let most = Threads { one: self.team.n_threads(), batch: self.team.n_threads() };
-        let engine = Engine::new(model, most, pin, exact)?;
-        Ok(Engine { n_threads: self.n_threads, ..engine })
+    /// Another one for the model, which attends so, with the same threads.
+    pub fn again(&self, model: &Model, attention: &[Attention]) -> Result<Engine> {
+        Engine::of(model, attention, (self.team.clone(), self.n_threads), self.exact)
+    }
+
+    fn of(
+        model: &Model,
+        attention: &[Attention],
+        (team, n_threads): (Arc<Team>, Threads),
+        exact: bool,
+    ) -> Result<Engine> {
+        let rotations = Rotations::new(model);
+        let matrices = Matrices::new(model, attention, &team, exact)?;
+        let mut buffers = Buffers::default();
+        buffers.threads.resize_with(team.n_threads(), ThreadBuffers::default);
+        Ok(Engine { team, n_threads, exact, rotations, matrices, buffers })
+    }
+
+    /// Calls `f` for every number below `n`, on all threads.
+    pub fn each(&self, n: usize, f: impl Fn(usize) + Sync) {
+        self.team.enter(self.n_threads.batch, |crew| crew.each(n, |_, i| f(i)));
     }
 
     /// Numbers of threads.
@@ -133,13 +148,14 @@ impl Engine {
         observer: Option<&dyn Observer>,
         (asked, out): (Asked, &mut Vec<f32>),
     ) {
-        let Some(n_ctx) = spans.first().map(|span| span.cache.n_ctx()) else { return };
-        let Engine { team, n_threads, rotations, matrices, buffers } = self;
+        let Some(first) = spans.first() else { return };
+        let (n_ctx, attention) = (first.cache.n_ctx(), first.attention);
+        let Engine { team, n_threads, rotations, matrices, buffers, .. } = self;
         let rotations = rotations.within(n_ctx);
         let n_tokens: usize = spans.iter().map(|span| span.tokens.len()).sum();
         let n = if n_tokens == 1 { n_threads.one } else { n_threads.batch };
         team.enter(n, |crew| {
-            let pass = Pass { crew, model, rotations, matrices, observer };
+            let pass = Pass { crew, model, attention, rotations, matrices, observer };
             let mut starts = vec![0; spans.len()];
             loop {
                 let (tokens, mut parts) = next_batch(spans, &mut starts, N_BATCH);
@@ -159,10 +175,11 @@ impl Engine {
         observer: Option<&dyn Observer>,
         work: impl FnOnce(&Pass, &mut Buffers) + Send,
     ) {
-        let Engine { team, n_threads, rotations, matrices, buffers } = self;
+        let Engine { team, n_threads, rotations, matrices, buffers, .. } = self;
         let rotations = rotations.within(n_ctx);
         team.enter(n_threads.batch, |crew| {
-            work(&Pass { crew, model, rotations, matrices, observer }, buffers);
+            let attention = &model.attention;
+            work(&Pass { crew, model, attention, rotations, matrices, observer }, buffers);
         });
     }
 }
@@ -171,12 +188,19 @@ impl Engine {
 pub(super) struct Pass<'a> {
     pub(super) crew: &'a Crew,
     pub(super) model: &'a Model,
+    /// In the forms of all that goes through together.
+    attention: &'a [Attention],
     rotations: &'a [Rotation],
     pub(super) matrices: &'a Matrices,
     pub(super) observer: Option<&'a dyn Observer>,
 }
 
 impl Pass<'_> {
+    /// The shape of a layer's attention.
+    pub(super) fn geometry(&self, layer: usize) -> &Geometry {
+        &self.attention[layer].geometry
+    }
+
     /// The rotation of a layer.
     pub(super) fn rotation(&self, layer: usize) -> Option<&Rotation> {
         self.rotations.get(self.model.hparams.layers[layer].rope?)
@@ -286,7 +310,7 @@ impl Buffers {
         let looks = pass.observer.filter(|o| o.wants_heads(i));
         let kept = match looks {
             Some(_) => Kept::KeysAndValues,
-            None => pass.model.attention[i].geometry.kept,
+            None => pass.geometry(i).kept,
         };
         match layer.latent.as_ref().zip(hp.latent.as_ref()) {
             Some(latent) => self.project_latent(pass, (i, kept), latent, n),
@@ -303,7 +327,7 @@ impl Buffers {
         let before = looks.map(|_| (self.q.clone(), self.k.clone()));
         self.rotate(pass, i, n);
         self.store(pass, i, parts);
-        let g = &pass.model.attention[i].geometry;
+        let g = pass.geometry(i);
         if ends {
             let wanted = narrow(parts);
             keep(&mut self.x, hp.n_embd, &wanted);
@@ -355,7 +379,7 @@ impl Buffers {
             out.resize(n * w.n_out, 0.0);
         }
         let outs = outs.map(|(w, out)| (w, Columns::new(out, w.n_out)));
-        let of_keys = matches!(pass.model.attention[i].geometry.kept, Kept::Keys { .. });
+        let of_keys = matches!(pass.geometry(i).kept, Kept::Keys { .. });
         let n_outs = match kept {
             Kept::Latent { .. } => 1,
             _ if of_keys => 2,
@@ -372,7 +396,7 @@ impl Buffers {
 
     /// Stores what the caches keep of the batch.
     fn store(&mut self, pass: &Pass, i: usize, parts: &mut [Part]) {
-        let g = &pass.model.attention[i].geometry;
+        let g = pass.geometry(i);
         let rope = pass.model.hparams.layers[i].rope;
         let of = |part: &mut Part, crew: Option<&Crew>| {
             let (at, position) = ((i, part.position), part.position);
@@ -410,7 +434,7 @@ impl Buffers {
     fn norm_heads(&mut self, pass: &Pass, (i, layer): (usize, &Layer)) {
         let Some((q_norm, k_norm)) = &layer.qk_norm else { return };
         let hp = &pass.model.hparams;
-        let g = &pass.model.attention[i].geometry;
+        let g = pass.geometry(i);
         for (x, NormWeight { weight, .. }) in [(&mut self.q, q_norm), (&mut self.k, k_norm)] {
             let width = match hp.qk_norm {
                 Some(QkNorm::Row) => weight.len(),
@@ -440,8 +464,7 @@ impl Buffers {
     /// with.
     fn rotate(&mut self, pass: &Pass, i: usize, n: usize) {
         let rotation = pass.rotation(i).zip(pass.model.hparams.layers[i].rope);
-        let attention = &pass.model.attention[i];
-        let g = &attention.geometry;
+        let g = pass.geometry(i);
         let of_kv = |t: usize, kv: usize, x: &mut [f32]| {
             let Some((rotation, rope)) = rotation else { return };
             let angles = &self.angles[rope];
@@ -456,7 +479,7 @@ impl Buffers {
                 of_kv(t, kv, x);
                 rest = next;
             }
-            simd::scale(row, attention.scale(self.positions[t]));
+            simd::scale(row, pass.attention[i].scale(self.positions[t]));
         });
         if rotation.is_none() {
             return;

@@ -149,12 +149,7 @@ impl Stored<'_> {
 
 impl Buffers {
     /// Attention of one token in a layer whose cache has rows.
-    pub(super) fn attend_latent(
-        &mut self,
-        pass: &Pass,
-        layer: usize,
-        part: &Part,
-    ) {
+    pub(super) fn attend_latent(&mut self, pass: &Pass, layer: usize, part: &Part) {
         let attention = &part.attention[layer];
         let (cache, position) = (&*part.cache, part.position);
         let visible = part.visible(layer, 0);
@@ -271,7 +266,7 @@ impl Buffers {
     /// Mixes cached rows with the weights of all heads.
     fn mix_latent(&mut self, pass: &Pass, stored: Stored, runs: &Runs) {
         let heads = stored.cache.stored(stored.layer);
-        let kept = pass.model.attention[stored.layer].geometry.kept;
+        let kept = pass.geometry(stored.layer).kept;
         let Buffers { scores, threads, latent, .. } = self;
         let LatentBuffers { mixed, live, .. } = latent;
         let (scores, width) = (scores.as_chunks::<LANES>().0, runs.width() / LANES);
@@ -328,7 +323,8 @@ impl Buffers {
             for (i, made) in own.out.chunks_exact(n).enumerate() {
                 let head = first + i;
                 // SAFETY: tasks have heads of their own.
-                let out = unsafe { heads.part(part.rows.start, g.outputs(head).start, values.len()) };
+                let out =
+                    unsafe { heads.part(part.rows.start, g.outputs(head).start, values.len()) };
                 out.copy_from_slice(&made[skip..]);
                 if let Some(bias) = &w.bias {
                     // It has been added once, and weights may sum to anything.
@@ -362,7 +358,7 @@ impl Buffers {
 
     /// The same for `n` positions from `start` on, a multiple of [`LANES`], into buffers.
     fn make_keys_and_values(&mut self, pass: &Pass, stored: Stored, (start, n): (usize, usize)) {
-        let g = &pass.model.attention[stored.layer].geometry;
+        let g = pass.geometry(stored.layer);
         let w = &pass.matrices.layers[stored.layer];
         let heads = stored.cache.stored(stored.layer);
         let width = heads.key_width();

@@ -27,5 +27,5 @@ mod weights;
 pub use cache::KvCache;
 pub use forward::Engine;
 pub use limits::Limits;
-pub use spans::Span;
 pub use observe::{Input, Observer, Seen, SeenHead, SeenInput, SeenRows};
+pub use spans::Span;

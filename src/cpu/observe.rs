@@ -192,7 +192,7 @@ impl Buffers {
         (q, k): (&[f32], &[f32]),
         observer: &dyn Observer,
     ) {
-        let g = &pass.model.attention[layer].geometry;
+        let g = pass.geometry(layer);
         let heads = &self.heads;
         pass.crew.each(g.n_head, |_, head| {
             let kv = head / g.per_kv();

@@ -23,7 +23,7 @@ impl Buffers {
     ) {
         let w = &pass.matrices.layers[i];
         let Some(down) = &w.latent else { return };
-        let g = &pass.model.attention[i].geometry;
+        let g = pass.geometry(i);
         let kind = pass.model.hparams.norm;
         self.q.resize(n * w.attn_q.n_out, 0.0);
         let q = Columns::new(&mut self.q, w.attn_q.n_out);

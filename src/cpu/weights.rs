@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::kernels::{Activations, Copies, LANES, LAYOUTS, Panels, Scratch, layout_of, multiply};
 use super::lora::LoraMatrix;
 use super::threads::{Columns, Team};
+use crate::attention::Attention;
 use crate::error::{Error, Result};
 use crate::model::{Ffn, Layer, Linear, Model, Weight};
 use crate::simd;
@@ -99,9 +100,15 @@ fn packed(w: &Weight, exact: bool) -> Option<(usize, usize)> {
 }
 
 impl Matrices {
-    /// Packs all matrices of a model into one piece of memory.
-    pub(super) fn new(model: &Model, team: &Team, exact: bool) -> Result<Matrices> {
-        let maps = (0..model.layers.len()).into_par_iter().map(|i| model.value_map(i, exact));
+    /// Packs all matrices of a model that attends so into one piece of memory.
+    pub(super) fn new(
+        model: &Model,
+        attention: &[Attention],
+        team: &Team,
+        exact: bool,
+    ) -> Result<Matrices> {
+        let layers = attention.par_iter().enumerate();
+        let maps = layers.map(|(i, attention)| model.value_map(i, attention, exact));
         // All, so that it is the first layer's error that is told.
         let maps: Vec<Result<Option<Linear>>> = maps.collect();
         let maps: Vec<Option<Linear>> = maps.into_iter().collect::<Result<_>>()?;

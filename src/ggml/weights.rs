@@ -399,7 +399,7 @@ impl Loader<'_> {
     ) -> Result<LayerWeights> {
         let layer: &Layer = &model.layers[i];
         let geometry: &Geometry = &model.attention[i].geometry;
-        let map = model.value_map(i, exact)?;
+        let map = model.value_map(i, &model.attention[i], exact)?;
         let turned_k = match geometry.kept {
             Kept::Latent { .. } => {
                 let (n, w) = (geometry.n_head_kv(), &layer.attn_k.weight);

@@ -2,6 +2,7 @@
 
 use super::{Linear, Model, Weight};
 use crate::arch::rewritten;
+use crate::attention::Attention;
 use crate::bad_usage;
 use crate::error::Result;
 use crate::gguf::{Bytes, Data, Gguf, Value, Writer};
@@ -59,10 +60,16 @@ impl Model {
         }
     }
 
-    /// What makes values of what is cached in a layer where that are keys alone. `exact`: not rounded.
-    pub fn value_map(&self, layer: usize, exact: bool) -> Result<Option<Linear>> {
-        let Kept::Keys { .. } = self.attention[layer].geometry.kept else { return Ok(None) };
-        let choice = &self.plan.layers[layer].form;
+    /// What makes values of what is cached in a layer that attends so, where that are keys alone.
+    /// `exact`: not rounded.
+    pub fn value_map(
+        &self,
+        layer: usize,
+        attention: &Attention,
+        exact: bool,
+    ) -> Result<Option<Linear>> {
+        let Kept::Keys { .. } = attention.geometry.kept else { return Ok(None) };
+        let choice = attention.form();
         let map = match choice.form().values(choice, &self.weights(layer)) {
             Ok(map) => map,
             Err(reason) => bad_usage!("form {}, layer {layer}: {reason}", choice.text()),

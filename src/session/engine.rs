@@ -20,9 +20,6 @@ pub(super) enum Engine {
     Cpu {
         engine: Box<cpu::Engine>,
         cache: KvCache,
-        /// Whether threads are pinned, and activations stay as they are.
-        pin: bool,
-        exact: bool,
     },
     #[cfg(feature = "ggml")]
     Ggml(Box<ggml::Engine>),
@@ -51,9 +48,9 @@ impl Engine {
             _ => {
                 let geometry = model.attention.iter().map(|a| a.geometry.clone());
                 let cache = KvCache::new(geometry, n_ctx, options.cache)?;
-                let (pin, exact) = (options.pin, options.exact);
-                let engine = cpu::Engine::new(model, options.n_threads, pin, exact)?;
-                Ok(Engine::Cpu { engine: Box::new(engine), cache, pin, exact })
+                let Options { n_threads, pin, exact, .. } = *options;
+                let engine = Box::new(cpu::Engine::new(model, n_threads, pin, exact)?);
+                Ok(Engine::Cpu { engine, cache })
             }
         }
     }
@@ -61,11 +58,11 @@ impl Engine {
     /// The same with an empty cache, for the model in other forms.
     pub(super) fn again(&self, model: &Model) -> Result<Engine> {
         match self {
-            Engine::Cpu { engine, cache, pin, exact } => {
+            Engine::Cpu { engine, cache } => {
                 let geometry = model.attention.iter().map(|a| a.geometry.clone());
                 let cache = KvCache::new(geometry, cache.n_ctx(), cache.types())?;
-                let engine = Box::new(engine.again(model, *pin, *exact)?);
-                Ok(Engine::Cpu { engine, cache, pin: *pin, exact: *exact })
+                let engine = Box::new(engine.again(model, &model.attention)?);
+                Ok(Engine::Cpu { engine, cache })
             }
             #[cfg(feature = "ggml")]
             Engine::Ggml(engine) => Ok(Engine::Ggml(Box::new(engine.again(model)?))),

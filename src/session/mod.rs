@@ -3,13 +3,15 @@
 pub mod chat;
 pub mod embed;
 mod engine;
+pub mod pool;
 pub mod sampler;
+mod timeline;
 
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::attention::{looks_ahead, together};
+use crate::attention::together;
 use crate::bad_usage;
 use crate::cpu::Observer;
 use crate::cpu::threads::default_threads;
@@ -17,6 +19,7 @@ use crate::engine::{Asked, CacheType, Devices, Kind, Threads};
 use crate::error::Result;
 use crate::model::Model;
 use crate::plan::Plan;
+use timeline::{Timeline, copies};
 
 /// Longest context that a session has unless asked: the cache should fit a laptop.
 const DEFAULT_N_CTX: usize = 8192;
@@ -67,46 +70,41 @@ impl Default for Options {
 pub struct Session {
     model: Arc<Model>,
     engine: engine::Engine,
-    tokens: Vec<u32>,
-    /// Prompts that are kept or forgotten as a whole, first to last.
-    prompts: Vec<Prompt>,
+    timeline: Timeline,
     logits: Vec<f32>,
     /// Things worth telling that do not prevent use.
     pub warnings: Vec<String>,
 }
 
-/// A prompt whose tokens have seen later ones, or that was read more than once.
-struct Prompt {
-    /// Its positions, those of all copies.
-    positions: Range<usize>,
-    /// Tokens of the first copy.
-    n: usize,
+/// The context of a session in which so many tokens are asked for.
+fn context(model: &Model, asked: Option<usize>, warnings: &mut Vec<String>) -> Result<usize> {
+    let trained = model.hparams.n_ctx_train;
+    let n_ctx = asked.unwrap_or(trained.min(DEFAULT_N_CTX));
+    if n_ctx == 0 {
+        bad_usage!("context = 0; allowed 1 or more tokens");
+    }
+    if n_ctx > trained && model.hparams.learned_positions {
+        bad_usage!("context = {n_ctx}; this model has positions for {trained} tokens");
+    }
+    if n_ctx > trained {
+        warnings.push(format!("context {n_ctx} is longer than the {trained} tokens trained for"));
+    }
+    Ok(n_ctx)
 }
 
 impl Session {
     /// An empty timeline.
     pub fn new(model: Arc<Model>, options: &Options) -> Result<Session> {
-        let trained = model.hparams.n_ctx_train;
-        let n_ctx = options.n_ctx.unwrap_or(trained.min(DEFAULT_N_CTX));
         let mut warnings = Vec::new();
-        if n_ctx == 0 {
-            bad_usage!("context = 0; allowed 1 or more tokens");
-        }
-        if n_ctx > trained && model.hparams.learned_positions {
-            bad_usage!("context = {n_ctx}; this model has positions for {trained} tokens");
-        }
-        if n_ctx > trained {
-            warnings
-                .push(format!("context {n_ctx} is longer than the {trained} tokens trained for"));
-        }
+        let n_ctx = context(&model, options.n_ctx, &mut warnings)?;
         if options.exact && options.engine == Kind::Ggml {
             warnings.push(
                 "--exact is for the engine cpu: ggml rounds activations as its devices do".into(),
             );
         }
         let engine = engine::Engine::new(&model, options, n_ctx)?;
-        let (tokens, prompts, logits) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Session { model, engine, tokens, prompts, logits, warnings })
+        let (timeline, logits) = (Timeline::default(), Vec::new());
+        Ok(Session { model, engine, timeline, logits, warnings })
     }
 
     /// The model.
@@ -193,7 +191,7 @@ impl Session {
         self.check_room(n)?;
         self.rewind(0);
         self.engine.clear();
-        self.tokens.resize(n, 0);
+        self.timeline.extend(&vec![0; n]);
         Ok(())
     }
 
@@ -222,7 +220,7 @@ impl Session {
 
     /// The tokens read so far, all copies of prompts among them: one for each position.
     pub fn tokens(&self) -> &[u32] {
-        &self.tokens
+        self.timeline.tokens()
     }
 
     /// Logits of the token after the last one fed; empty before the first. `[n_vocab]`
@@ -318,23 +316,12 @@ impl Session {
 
     /// The positions of a prompt that follows, of `n` tokens in all copies and `n_first` in the first.
     fn begin_prompt(&mut self, n: usize, n_first: usize) -> Range<usize> {
-        let start = self.tokens.len();
-        let positions = start..start + n;
-        if n > n_first || looks_ahead(&self.model.attention, &positions) {
-            self.prompts.push(Prompt { positions: positions.clone(), n: n_first });
-        }
-        positions
+        self.timeline.begin_prompt(&self.model.attention, n, n_first)
     }
 
-    /// A prompt as often as it is read; a BOS that it begins with stays the only one.
+    /// A prompt as often as it is read.
     fn copies<'a>(&self, tokens: &'a [u32]) -> Cow<'a, [u32]> {
-        let n_copies = self.model.plan.n_copies();
-        if n_copies == 1 {
-            return Cow::Borrowed(tokens);
-        }
-        let bos = self.model.tokenizer.bos();
-        let again = &tokens[usize::from(bos.is_some() && tokens.first() == bos.as_ref())..];
-        Cow::Owned([tokens, &again.repeat(n_copies - 1)].concat())
+        copies(tokens, self.model.plan.n_copies(), self.model.tokenizer.bos())
     }
 
     fn read(
@@ -347,19 +334,19 @@ impl Session {
         self.logits.clear();
         self.engine.forward(
             &self.model,
-            (tokens, self.tokens.len(), prompt),
+            (tokens, self.tokens().len(), prompt),
             wanted,
             observer,
             (Asked::Logits, &mut self.logits),
         )?;
-        self.tokens.extend_from_slice(tokens);
+        self.timeline.extend(tokens);
         Ok(())
     }
 
     /// Refuses tokens that are none, and `n` more that do not fit.
     fn check(&self, tokens: &[u32], n: usize) -> Result<()> {
         self.check_tokens(tokens)?;
-        self.check_room(self.tokens.len() + n)
+        self.check_room(self.tokens().len() + n)
     }
 
     /// Refuses to give logits that the model does not have.
@@ -382,39 +369,13 @@ impl Session {
     /// Forgets everything after the first `n` tokens, and of a prompt whose tokens have seen each
     /// other everything if it is cut. The logits are gone until the next feed.
     pub fn rewind(&mut self, n: usize) {
-        let cut = self.prompts.iter().find(|p| p.positions.end > n);
-        let n = cut.map_or(n, |p| p.positions.start.min(n));
-        self.prompts.retain(|p| p.positions.end <= n);
-        self.tokens.truncate(n);
+        self.timeline.rewind(n);
         self.logits.clear();
-    }
-
-    /// What of a prompt and a reply need not be read again: its number of tokens, and of positions.
-    /// At least one token is left to read.
-    fn shared(&self, prompt: &[u32], reply: &[u32]) -> (usize, usize) {
-        let tokens = [prompt, reply].concat();
-        let rest = &tokens[..tokens.len().saturating_sub(1)];
-        let equal = |at: usize, from: usize, most: usize| {
-            let pairs = self.tokens[at..].iter().zip(&rest[from..]).take(most);
-            pairs.take_while(|(a, b)| a == b).count()
-        };
-        let (mut n, mut position) = (0, 0);
-        for Prompt { positions, n: n_given } in &self.prompts {
-            let before = equal(position, n, positions.start - position);
-            (n, position) = (n + before, position + before);
-            let is_whole = position == positions.start && n + n_given <= prompt.len();
-            if !is_whole || equal(position, n, *n_given) < *n_given {
-                return (n, position);
-            }
-            (n, position) = (n + n_given, positions.end);
-        }
-        let after = equal(position, n, usize::MAX);
-        (n + after, position + after)
     }
 
     /// Length of the timeline that [`Session::become_tokens`] makes of these.
     pub fn n_positions(&self, prompt: &[u32], reply: &[u32]) -> usize {
-        let (n, position) = self.shared(prompt, reply);
+        let (n, position) = self.timeline.shared(prompt, reply);
         let new = &prompt[n.min(prompt.len())..];
         position + self.copies(new).len() + prompt.len() + reply.len() - n - new.len()
     }
@@ -430,7 +391,7 @@ impl Session {
         go_on: &mut dyn FnMut(usize) -> bool,
     ) -> Result<bool> {
         self.check_room(self.n_positions(prompt, reply))?;
-        let (n, position) = self.shared(prompt, reply);
+        let (n, position) = self.timeline.shared(prompt, reply);
         self.rewind(position);
         let new = &prompt[n.min(prompt.len())..];
         if !self.feed_prompt_with(new, N_STEP, None, go_on)? {
@@ -438,7 +399,7 @@ impl Session {
         }
         for step in reply[n.saturating_sub(prompt.len())..].chunks(N_STEP) {
             self.feed(step)?;
-            if !go_on(self.tokens.len()) {
+            if !go_on(self.tokens().len()) {
                 return Ok(false);
             }
         }

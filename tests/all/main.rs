@@ -33,6 +33,7 @@ mod normalizers;
 mod observe;
 #[cfg(feature = "ggml")]
 mod oracle;
+mod pool;
 mod quality;
 mod quant;
 #[cfg(feature = "ggml")]
