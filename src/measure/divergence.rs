@@ -118,7 +118,7 @@ impl<'a> Row<'a> {
     }
 
     /// `sum_i b_i (ln b_i - ln q_i)` for this base `b`, over what it finds likely enough for a file.
-    fn kl(&self, model: &Row) -> f64 {
+    pub fn kl(&self, model: &Row) -> f64 {
         let pairs = self.logits.iter().zip(model.logits);
         let terms = pairs.map(|(b, q)| (f64::from(*b) - self.log_sum, f64::from(*q)));
         let kept = terms.filter(|(b, _)| *b > f64::from(KL_FLOOR));

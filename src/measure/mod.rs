@@ -5,7 +5,7 @@ pub mod calibrate;
 pub mod choose;
 pub mod circuits;
 pub mod compare;
-mod divergence;
+pub mod divergence;
 pub mod export;
 pub mod forms;
 pub mod grams;

@@ -5,7 +5,7 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::arch::Pooling;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::session::grammar::Grammar;
 use crate::session::pool::Ask;
 use crate::session::sampler::SamplerParams;
@@ -89,12 +89,12 @@ pub enum Job {
         /// How states become one.
         pooling: Pooling,
         /// Where vectors go, in the order of the texts.
-        answer: UnboundedSender<Result<Vec<f32>, Error>>,
+        answer: UnboundedSender<Result<Vec<f32>>>,
     },
     /// A text to score with two variants.
-    Compare(Comparison, UnboundedSender<Result<Scored, Error>>),
+    Compare(Comparison, UnboundedSender<Result<Scored>>),
     /// A look at a head.
-    Look(Look, UnboundedSender<Result<Map, Error>>),
+    Look(Look, UnboundedSender<Result<Map>>),
 }
 
 /// A text to score with two variants.
@@ -141,4 +141,16 @@ pub struct Map {
     pub entropy: Vec<f32>,
     /// Mean weight of the first token, of every head.
     pub first: Vec<f32>,
+}
+
+impl Job {
+    /// Whether anybody still waits for what comes of it.
+    pub fn is_wanted(&self) -> bool {
+        match self {
+            Job::Generate(_, events) => !events.is_closed(),
+            Job::Embed { answer, .. } => !answer.is_closed(),
+            Job::Compare(_, answer) => !answer.is_closed(),
+            Job::Look(_, answer) => !answer.is_closed(),
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! Texts as vectors: what the layers make of their tokens, pooled.
 
+use std::ops::Range;
+
 use super::Session;
 use crate::arch::Pooling;
 use crate::bad_usage;
@@ -21,21 +23,7 @@ impl Session {
         self.check_text(tokens)?;
         let all = self.copies(tokens);
         let n = all.len();
-        // Of the last copy, which may go without a BOS.
-        let first = match self.model.plan.n_copies() {
-            1 => 0,
-            copies => n - (n - tokens.len()) / (copies - 1),
-        };
-        let wanted = match pooling {
-            Pooling::None | Pooling::Mean => first..n,
-            Pooling::Cls => first..first + 1,
-            Pooling::Last => n - 1..n,
-            Pooling::Rank => {
-                bad_usage!(
-                    "pooling rank: heads that rank are not supported; allowed none, mean, cls, last"
-                )
-            }
-        };
+        let wanted = wanted((n, tokens.len()), self.model.plan.n_copies(), pooling)?;
         let mut states = Vec::new();
         self.engine.forward(
             &self.model,
@@ -44,7 +32,7 @@ impl Session {
             None,
             (Asked::States, &mut states),
         )?;
-        Ok(if pooling == Pooling::Mean { mean(&states, self.model.hparams.n_embd) } else { states })
+        Ok(pooled(states, pooling, self.model.hparams.n_embd))
     }
 
     /// Refuses a text that has no embedding: one without tokens, or with some that the vocabulary does
@@ -56,6 +44,34 @@ impl Session {
         self.check_tokens(tokens)?;
         self.check_room(self.copies(tokens).len())
     }
+}
+
+/// Those of `n` tokens, in all copies of `n_first`, whose states are pooled.
+pub(super) fn wanted(
+    (n, n_first): (usize, usize),
+    n_copies: usize,
+    pooling: Pooling,
+) -> Result<Range<usize>> {
+    // Of the last copy, which may go without a BOS.
+    let first = match n_copies {
+        1 => 0,
+        copies => n - (n - n_first) / (copies - 1),
+    };
+    match pooling {
+        Pooling::None | Pooling::Mean => Ok(first..n),
+        Pooling::Cls => Ok(first..first + 1),
+        Pooling::Last => Ok(n - 1..n),
+        Pooling::Rank => {
+            bad_usage!(
+                "pooling rank: heads that rank are not supported; allowed none, mean, cls, last"
+            )
+        }
+    }
+}
+
+/// What becomes of those states.
+pub(super) fn pooled(states: Vec<f32>, pooling: Pooling, n_embd: usize) -> Vec<f32> {
+    if pooling == Pooling::Mean { mean(&states, n_embd) } else { states }
 }
 
 /// The mean of rows of `width` elements.

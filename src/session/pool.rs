@@ -4,8 +4,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::embed::{pooled, wanted};
 use super::timeline::{Timeline, copies};
 use super::{Options, context};
+use crate::arch::Pooling;
 use crate::attention::{Attention, together};
 use crate::bad_usage;
 use crate::cpu::{self, KvCache, Observer, Span};
@@ -87,9 +89,20 @@ impl Sequence {
         self.timeline.shared(prompt, &[]).1
     }
 
-    /// Has a token read next.
-    pub fn push(&mut self, token: u32) {
-        self.todo.push(token);
+    /// Bytes of the cache that its positions take.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.n_bytes() / self.cache.n_ctx() * self.tokens().len()
+    }
+
+    /// Forgets all tokens.
+    pub fn forget(&mut self) {
+        self.timeline.rewind(0);
+        self.todo.clear();
+    }
+
+    /// Has more tokens read, which see nothing after them.
+    pub fn push(&mut self, tokens: &[u32]) {
+        self.todo.extend_from_slice(tokens);
     }
 }
 
@@ -188,13 +201,14 @@ impl Pool {
         copies(prompt, variant.plan.n_copies(), self.model.tokenizer.bos()).len()
     }
 
-    /// Has a sequence read a prompt, of which it keeps what it shares with what it has read, unless
-    /// `anew`. The number of positions that are kept.
+    /// Has a sequence read a prompt, of which it keeps what it shares with what it has read; the number
+    /// of positions that are kept. `as_text`: nothing is kept, and no token sees later ones, whatever
+    /// the mask does with prompts.
     ///
     /// # Errors
     ///
     /// No tokens, some that the vocabulary does not have, or more than fit.
-    pub fn begin(&self, sequence: &mut Sequence, prompt: &[u32], anew: bool) -> Result<usize> {
+    pub fn begin(&self, sequence: &mut Sequence, prompt: &[u32], as_text: bool) -> Result<usize> {
         let n_vocab = self.model.hparams.n_vocab;
         if let Some(token) = prompt.iter().find(|token| **token as usize >= n_vocab) {
             bad_usage!("token {token}; the vocabulary has {n_vocab}");
@@ -202,18 +216,42 @@ impl Pool {
         if prompt.is_empty() {
             bad_usage!("the prompt has no tokens; 1 or more are needed");
         }
-        let (n, position) = if anew { (0, 0) } else { sequence.timeline.shared(prompt, &[]) };
+        let (n, position) = if as_text { (0, 0) } else { sequence.timeline.shared(prompt, &[]) };
         let Sequence { variant, timeline, todo, prompt: at, .. } = sequence;
         let new = &prompt[n..];
-        let all = copies(new, variant.plan.n_copies(), self.model.tokenizer.bos());
+        let n_copies = if as_text { 1 } else { variant.plan.n_copies() };
+        let all = copies(new, n_copies, self.model.tokenizer.bos());
         if position + all.len() > self.n_ctx {
             let n = position + all.len();
             bad_usage!("{n} tokens do not fit a context of {}", self.n_ctx);
         }
         timeline.rewind(position);
-        *at = timeline.begin_prompt(&variant.attention, all.len(), new.len());
+        *at = match as_text {
+            true => 0..0,
+            false => timeline.begin_prompt(&variant.attention, all.len(), new.len()),
+        };
         *todo = all.into_owned();
         Ok(position)
+    }
+
+    /// The embedding of a text, as [`Session::embed`](super::Session::embed) gives it.
+    pub fn embed(
+        &mut self,
+        sequence: &mut Sequence,
+        tokens: &[u32],
+        pooling: Pooling,
+    ) -> Result<Vec<f32>> {
+        sequence.forget();
+        self.begin(sequence, tokens, false)?;
+        let n_copies = sequence.variant.plan.n_copies();
+        let wanted = wanted((sequence.n_todo(), tokens.len()), n_copies, pooling)?;
+        let n_embd = self.model.hparams.n_embd;
+        let mut states = Vec::new();
+        let step = Step { n: sequence.n_todo(), sequence, all: true };
+        self.forward(&mut [step], None, (Asked::States, &mut states))?;
+        states.truncate(wanted.end * n_embd);
+        states.drain(..wanted.start * n_embd);
+        Ok(pooled(states, pooling, n_embd))
     }
 
     /// Makes of a sequence what another one of the same variant has read of a prompt.

@@ -81,7 +81,7 @@ fn together(
             assert_eq!(rows.len(), n_vocab);
             all[i].push(out[rows].to_vec());
             if let Some(token) = texts[i].1.get(all[i].len() - 1) {
-                sequences[i].push(*token);
+                sequences[i].push(&[*token]);
             }
         }
     }

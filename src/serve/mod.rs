@@ -1,0 +1,9 @@
+//! The server: one thread that runs the model for many requests at once, and what speaks HTTP with
+//! those who ask.
+
+pub mod job;
+mod scheduler;
+mod slot;
+mod task;
+
+pub use scheduler::{Counters, Handle, Refused, SlotStatus, Status, start};
