@@ -39,6 +39,7 @@ mod quant;
 #[cfg(feature = "ggml")]
 mod quantize;
 mod sampler;
+mod scheduler;
 mod ships;
 mod template;
 mod tiny;
