@@ -32,6 +32,10 @@ pub(super) struct Generate {
     /// Goes on after the model has ended
     #[arg(long)]
     ignore_eos: bool,
+    /// File that keeps what was read, so that a prompt that begins alike need not be read again: read if
+    /// it is there, and written at the end
+    #[arg(long, value_name = "FILE")]
+    session: Option<PathBuf>,
     /// Tells times on stderr at the end
     #[arg(short, long)]
     verbose: bool,
@@ -58,10 +62,13 @@ impl Run for Generate {
             // Something must be read before anything can follow.
             tokens.extend(tokenizer.bos().or(tokenizer.eos()));
         }
+        if let Some(path) = self.session.as_deref().filter(|path| path.exists()) {
+            session.restore(path)?;
+        }
         session.check_room(session.n_positions(&tokens, &[]))?;
         print_text(&prompt)?;
         tokens.iter().for_each(|t| sampler.accept(*t));
-        session.feed_prompt(&tokens)?;
+        session.become_tokens(&tokens, &[], &mut |_| true)?;
         let (prompt_time, mut n) = (start.elapsed(), 0);
         let start = Instant::now();
         let mut decoder = StreamDecoder::default();
@@ -81,6 +88,9 @@ impl Run for Generate {
         }
         print_text(&decoder.finish())?;
         print_text("\n")?;
+        if let Some(path) = &self.session {
+            session.save(path, "")?;
+        }
         if self.verbose {
             session.notes().iter().for_each(|text| note(text));
             let seconds = start.elapsed().as_secs_f64();

@@ -9,8 +9,6 @@
 
 #![allow(unsafe_code)]
 
-use std::ops::Range;
-
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use memmap2::MmapMut;
@@ -80,31 +78,31 @@ impl CacheType {
 
 /// Keys and values of every layer for up to `n_ctx` positions, or what they are made of.
 pub struct KvCache {
-    n_ctx: usize,
-    keys: CacheType,
-    values: CacheType,
-    layers: Vec<LayerCache>,
+    pub(super) n_ctx: usize,
+    pub(super) keys: CacheType,
+    pub(super) values: CacheType,
+    pub(super) layers: Vec<LayerCache>,
     /// Keys and values of one layer after the other, made again where rows are cached and several
     /// tokens attend: one layer for each shape.
     rebuilt: Option<Box<KvCache>>,
     /// Cosines and sines of every position, where keys are rotated when they are read: panels of
     /// [`LANES`] positions, each two vectors for every plane.
-    angles: Vec<Lanes>,
+    pub(super) angles: Vec<Lanes>,
 }
 
 /// For each head of [`Geometry::stored`], keys: panels of [`LANES`] positions; values: panels of [`LANES`] elements, then
 /// their scales, `[value_dim / 32, n_ctx]`. Heads of a width that is not one of whole blocks have
 /// zeros after their elements.
-struct LayerCache {
+pub(super) struct LayerCache {
     /// Its heads are those that are stored.
-    geometry: Geometry,
+    pub(super) geometry: Geometry,
     /// The layer of the rebuilt keys and values.
     rebuilt: Option<usize>,
-    keys: MmapMut,
-    values: MmapMut,
+    pub(super) keys: MmapMut,
+    pub(super) values: MmapMut,
     /// Where the heads begin in either, and where the last ends.
-    key_starts: Vec<usize>,
-    value_starts: Vec<usize>,
+    pub(super) key_starts: Vec<usize>,
+    pub(super) value_starts: Vec<usize>,
 }
 
 impl KvCache {
@@ -247,71 +245,13 @@ impl KvCache {
     }
 
     /// Positions for which there is room.
-    fn places(&self) -> usize {
+    pub(super) fn places(&self) -> usize {
         self.n_ctx.next_multiple_of(LANES)
     }
 
     /// Bytes of a panel of values.
-    fn value_stride(&self) -> usize {
+    pub(super) fn value_stride(&self) -> usize {
         LAYOUTS[self.values.layout(false)].panel_bytes(self.places())
-    }
-
-    /// Bytes of a layer's keys and of its values that hold the first `n` positions.
-    fn held(&self, layer: usize, n: usize) -> [Vec<Range<usize>>; 2] {
-        let LayerCache { geometry, key_starts, value_starts, .. } = &self.layers[layer];
-        let layout = &LAYOUTS[self.keys.layout(true)];
-        let keys = geometry.kv.iter().zip(key_starts).map(|(head, start)| {
-            let stride = layout.panel_bytes(self.keys.whole(head.score_dim));
-            *start..start + n.div_ceil(LANES) * stride
-        });
-        let layout = &LAYOUTS[self.values.layout(false)];
-        let n_bytes = layout.panel_bytes(n.next_multiple_of(layout.block_len));
-        let mut values = Vec::new();
-        for (head, start) in geometry.kv.iter().zip(value_starts) {
-            let dim = self.values.whole(head.value_dim);
-            let n_panels = dim.div_ceil(LANES);
-            let panels = (0..n_panels).map(|i| start + i * self.value_stride());
-            values.extend(panels.map(|at| at..at + n_bytes));
-            if self.values.is_rounded() {
-                let scales = start + n_panels * self.value_stride();
-                let rows = (0..dim / GROUP).map(|i| scales + i * self.places() * 2);
-                values.extend(rows.map(|at| at..at + 2 * n));
-            }
-        }
-        [keys.collect(), values]
-    }
-
-    /// Numbers among the cosines and sines that are of the first `n` positions.
-    fn held_angles(&self, n: usize) -> usize {
-        self.angles.len() / (self.places() / LANES).max(1) * n.div_ceil(LANES)
-    }
-
-    /// Takes the first `n` positions of another cache for the same layers.
-    ///
-    /// # Errors
-    ///
-    /// The other has another shape.
-    pub fn take(&mut self, other: &KvCache, n: usize) -> Result<()> {
-        let shape = |cache: &KvCache| -> Vec<Geometry> {
-            cache.layers.iter().map(|layer| layer.geometry.clone()).collect()
-        };
-        let is_same = self.n_ctx == other.n_ctx && self.types() == other.types();
-        if !is_same || n > self.n_ctx || shape(self) != shape(other) {
-            bad_usage!("a cache of another shape cannot be taken");
-        }
-        for layer in 0..self.layers.len() {
-            let [keys, values] = self.held(layer, n);
-            let (to, from) = (&mut self.layers[layer], &other.layers[layer]);
-            for at in keys {
-                to.keys[at.clone()].copy_from_slice(&from.keys[at]);
-            }
-            for at in values {
-                to.values[at.clone()].copy_from_slice(&from.values[at]);
-            }
-        }
-        let n = self.held_angles(n);
-        self.angles[..n].copy_from_slice(&other.angles[..n]);
-        Ok(())
     }
 
     /// Stores keys and values of a layer at the positions from `n_past` on, with the help of others if

@@ -9,6 +9,7 @@ mod cache;
 mod experts;
 mod ffn;
 mod forward;
+mod held;
 pub mod kernels;
 mod latent;
 mod limits;

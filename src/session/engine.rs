@@ -14,6 +14,7 @@ use crate::engine::{Asked, CacheType, Threads};
 use crate::error::Result;
 #[cfg(feature = "ggml")]
 use crate::ggml;
+use crate::gguf::Bytes;
 use crate::model::Model;
 
 pub(super) enum Engine {
@@ -144,6 +145,37 @@ impl Engine {
         }
     }
 
+    /// What is cached of the first `n` positions, in named parts.
+    ///
+    /// # Errors
+    ///
+    /// A cache that is on devices.
+    pub(super) fn saved(&self, n: usize) -> Result<Vec<(String, Vec<u8>)>> {
+        match self {
+            Engine::Cpu { cache, .. } => Ok(cache.saved(n)),
+            #[cfg(feature = "ggml")]
+            Engine::Ggml(_) => not_at_hand(),
+        }
+    }
+
+    /// The names of those parts.
+    pub(super) fn saved_names(&self, n: usize) -> Result<Vec<String>> {
+        match self {
+            Engine::Cpu { cache, .. } => Ok(cache.saved_names(n)),
+            #[cfg(feature = "ggml")]
+            Engine::Ggml(_) => not_at_hand(),
+        }
+    }
+
+    /// Takes such parts, in the order of their names.
+    pub(super) fn restore(&mut self, n: usize, parts: &[Bytes]) -> Result<()> {
+        match self {
+            Engine::Cpu { cache, .. } => cache.restore(n, parts),
+            #[cfg(feature = "ggml")]
+            Engine::Ggml(_) => not_at_hand(),
+        }
+    }
+
     /// Hears that the model's plan changes.
     pub(super) fn forget(&mut self) {
         match self {
@@ -209,6 +241,11 @@ impl Engine {
             Engine::Ggml(engine) => engine.notes(),
         }
     }
+}
+
+#[cfg(feature = "ggml")]
+fn not_at_hand<T>() -> Result<T> {
+    bad_usage!("engine ggml: its cache stays on its devices; sessions in files need the engine cpu")
 }
 
 #[cfg(feature = "ggml")]

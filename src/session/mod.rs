@@ -3,6 +3,7 @@
 pub mod chat;
 pub mod embed;
 mod engine;
+mod file;
 pub mod grammar;
 pub mod pool;
 pub mod sampler;

@@ -29,6 +29,30 @@ impl Timeline {
         &self.tokens
     }
 
+    /// Its prompts as text: `START-END:N` with `,` between them.
+    pub(super) fn prompts_text(&self) -> String {
+        let text = |p: &Prompt| format!("{}-{}:{}", p.positions.start, p.positions.end, p.n);
+        self.prompts.iter().map(text).collect::<Vec<_>>().join(",")
+    }
+
+    /// These tokens, with prompts from such a text.
+    pub(super) fn of(tokens: Vec<u32>, prompts: &str) -> Option<Timeline> {
+        let mut all: Vec<Prompt> = Vec::new();
+        for text in prompts.split(',').filter(|text| !text.is_empty()) {
+            let (positions, n) = text.split_once(':')?;
+            let (start, end) = positions.split_once('-')?;
+            let positions = start.parse().ok()?..end.parse().ok()?;
+            let n = n.parse().ok()?;
+            let first = all.last().map_or(0, |p| p.positions.end);
+            let fits = first <= positions.start && positions.end <= tokens.len();
+            if !fits || !(1..=positions.len()).contains(&n) {
+                return None;
+            }
+            all.push(Prompt { positions, n });
+        }
+        Some(Timeline { tokens, prompts: all })
+    }
+
     /// Takes more.
     pub(super) fn extend(&mut self, tokens: &[u32]) {
         self.tokens.extend_from_slice(tokens);

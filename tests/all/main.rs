@@ -40,6 +40,7 @@ mod quant;
 mod quantize;
 mod sampler;
 mod scheduler;
+mod sessions;
 mod ships;
 mod template;
 mod tiny;

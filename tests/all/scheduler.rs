@@ -138,6 +138,7 @@ fn a_conversation_goes_on_where_it_was() {
         (n_prompt, n_cached)
     };
     let text = "Once upon a time there was a king who had three sons, and the eldest was proud. ";
+    let text = &text.repeat(3);
     let (n, none) = cached(text);
     assert_eq!(none, 0);
     let (_, most) = cached(&format!("{text} And then he"));
@@ -181,8 +182,10 @@ fn a_full_queue_refuses_and_a_stopped_one_ends_what_it_took() {
 
 #[test]
 fn a_long_prompt_does_not_keep_short_ones_waiting() {
-    let (handle, _) = server(4, 8);
-    let jobs = [N_CTX - 1, N_CTX - 1, N_CTX - 1, 2].iter().enumerate().map(|(i, n)| {
+    let options = Options { n_ctx: Some(2048), ..options() };
+    let pool = Pool::new(Arc::new(family::softmax()), &options).unwrap();
+    let (handle, _) = start(pool, 4, 8).unwrap();
+    let jobs = [2000, 2000, 2000, 2].iter().enumerate().map(|(i, n)| {
         let prompt = (0..*n).map(|at| if at == 0 { 10 + i as u32 } else { 5 }).collect();
         Generation { prompt, ..generation("", 1) }
     });
@@ -280,7 +283,8 @@ fn texts_are_embedded_compared_and_looked_at() {
 
     let (answer, mut maps) = unbounded_channel();
     let (layer, head) = (2, 3);
-    let look = Look { tokens: text.clone(), n_prompt: text.len(), ask: ask("sigmoid"), layer, head };
+    let look =
+        Look { tokens: text.clone(), n_prompt: text.len(), ask: ask("sigmoid"), layer, head };
     handle.submit(Job::Look(look, answer)).unwrap();
     let map = maps.blocking_recv().unwrap().unwrap();
     let recorded = record(&mut session, &text, layer..layer + 1).unwrap();

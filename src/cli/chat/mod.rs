@@ -36,6 +36,10 @@ pub(super) struct Chat {
     /// Tokens of a reply at most [default: until the model ends]
     #[arg(short, long, value_name = "N")]
     n_predict: Option<usize>,
+    /// File that keeps the conversation and what was read of it: goes on with it if it is there, and is
+    /// written after every reply
+    #[arg(long, value_name = "FILE")]
+    session: Option<PathBuf>,
     /// Tells times after every reply
     #[arg(short, long)]
     verbose: bool,
@@ -56,10 +60,15 @@ impl Run for Chat {
 
     fn run(self) -> Result<()> {
         let model = self.run.open()?;
-        let session = self.run.session(model.clone(), self.run.ctx)?;
+        let mut session = self.run.session(model.clone(), self.run.ctx)?;
+        let messages = match self.session.as_deref().filter(|path| path.exists()) {
+            Some(path) => kept(path, &session.restore(path)?)?,
+            None => Vec::new(),
+        };
         let template = self.template.as_deref().map(|path| read_text(Some(path))).transpose()?;
         let params = self.sampling.params(&model.tokenizer)?;
-        let chat = chat::Chat::new(session, template.as_deref(), params)?;
+        let mut chat = chat::Chat::new(session, template.as_deref(), params)?;
+        chat.set_messages(messages);
         let mut talk = Talk { chat, args: self, last: None };
         if let Some(system) = talk.args.system.clone() {
             talk.system(&system)?;
@@ -75,6 +84,15 @@ impl Run for Chat {
             None => talk.go_on(),
         }
     }
+}
+
+/// The messages of a conversation in a session file, from the note in it.
+fn kept(path: &Path, note: &str) -> Result<Vec<Message>> {
+    if note.is_empty() {
+        return Ok(Vec::new());
+    }
+    let messages = serde_json::from_str(note);
+    messages.map_err(|e| Error::File(format!("not a conversation: {e}")).at(path))
 }
 
 /// A command inside the chat.
@@ -186,6 +204,10 @@ impl Talk {
                 "This tiny model has read old books, and writes like them. Try: Write a passage about the sea and a storm.",
             );
         }
+        let n = self.chat.messages.iter().filter(|m| m.role != "system").count();
+        if n > 0 {
+            note(&format!("The conversation goes on after {n} messages."));
+        }
         note("/help lists commands; Ctrl-C stops a reply; a line that ends with \\ goes on.\n");
     }
 
@@ -239,6 +261,9 @@ impl Talk {
         }
         let first = first.unwrap_or_else(|| start.elapsed());
         self.last = Some((reply, Times { first, rest: start.elapsed() - first }));
+        if let Some(path) = &self.args.session {
+            self.chat.session().save(path, &json!(self.chat.messages).to_string())?;
+        }
         if self.args.verbose { self.times() } else { Ok(()) }
     }
 
