@@ -1,5 +1,4 @@
 // Small parts that several views use.
-import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 
 async function copy(text: string): Promise<boolean> {
@@ -78,16 +77,6 @@ export function Growing(props: {
         props.onSend();
       }}
     />
-  );
-}
-
-export function Field({ label, children, note }: { label: string; children: ComponentChildren; note?: string }) {
-  return (
-    <label class="field">
-      <span>{label}</span>
-      {children}
-      {note && <small>{note}</small>}
-    </label>
   );
 }
 

@@ -1,6 +1,5 @@
 // Choosing norm, form and mask: one entry with its parameters, or free text with selectors of layers and heads.
 import { useId, useState } from "preact/hooks";
-import { Field } from "./controls";
 import type { Entry, Part, Plan } from "./contract";
 import { model } from "./store";
 
@@ -69,19 +68,19 @@ function PartPicker(props: { value: string; own: string; entries: Entry[]; label
   };
   return (
     <div class="part">
-      <Field label={props.label}>
-        <select
-          value={free ? SELECTORS : (choice?.entry.name ?? "")}
-          aria-describedby={note}
-          onChange={(event) => pick(event.currentTarget.value)}
-        >
-          <option value="">as the model ({props.own || "its own"})</option>
-          <option value={SELECTORS}>by layers and heads…</option>
-          {props.entries.map((entry) => (
-            <option value={entry.name}>{entry.name}</option>
-          ))}
-        </select>
-      </Field>
+      <label for={`${note}-of`}>{props.label}</label>
+      <select
+        id={`${note}-of`}
+        value={free ? SELECTORS : (choice?.entry.name ?? "")}
+        aria-describedby={note}
+        onChange={(event) => pick(event.currentTarget.value)}
+      >
+        <option value="">as the model ({props.own || "its own"})</option>
+        <option value={SELECTORS}>by layers and heads…</option>
+        {props.entries.map((entry) => (
+          <option value={entry.name}>{entry.name}</option>
+        ))}
+      </select>
       {free ? (
         <input
           type="text"
