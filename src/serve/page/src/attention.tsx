@@ -12,6 +12,7 @@ import { running } from "./talk";
 
 interface Seen extends Answer {
   matrix: Int8Array;
+  negative: boolean;
 }
 
 const layer = signal(0);
@@ -48,7 +49,8 @@ async function load(body: Record<string, unknown>) {
     busy.value = true;
     try {
       const got = await post<Answer>("/qkov/attention", body, signal);
-      answer = { ...got, matrix: decode(got.weights), weights: "" };
+      const matrix = decode(got.weights);
+      answer = { ...got, matrix, negative: matrix.some((weight) => weight < 0), weights: "" };
     } catch (error) {
       if (signal.aborted) return;
       batch(() => {
@@ -83,6 +85,9 @@ function follow() {
     void load({ ...prompt, reply: message.content, qkov: message.plan ?? {}, layer: layer.value, head: head.value });
   });
 }
+
+/** With more tokens than this, a cell is smaller than a pixel on most screens, and is better blended than left out. */
+const SHARP = 560;
 
 const weightAt = ({ matrix, tokens, max }: Seen, query: number, key: number) =>
   (matrix[query * tokens.length + key]! / 127) * max;
@@ -119,8 +124,9 @@ function Matrix({ of }: { of: Seen }) {
       <div class="frame">
         <canvas
           ref={canvas}
+          class={n > SHARP ? "fine" : undefined}
           tabIndex={0}
-          role="img"
+          role="application"
           aria-label={`Attention weights, ${n} queries by ${n} keys. Arrow keys go from cell to cell, Enter chooses the query.`}
           aria-describedby="cell"
           onPointerMove={(event) => (cell.value = at(event))}
@@ -156,16 +162,15 @@ function Matrix({ of }: { of: Seen }) {
 }
 
 function Legend({ of }: { of: Seen }) {
-  const negative = of.matrix.some((weight) => weight < 0);
   return (
     <p class="legend">
-      {negative && (
+      {of.negative && (
         <>
           −{number(of.max)} <i class="ramp contrary" aria-hidden="true" />
         </>
       )}
       0 <i class="ramp" aria-hidden="true" /> {number(of.max)}
-      <span class="muted">colour grows as the root</span>
+      <span class="muted">colour as √weight</span>
     </p>
   );
 }

@@ -40,7 +40,7 @@ const GROUPS: { title: string; open?: boolean; knobs: Knob[] }[] = [
       { name: "repeat_penalty", label: "Repeat penalty", about: "divides the logits of past tokens; 1: off", min: 0 },
       { name: "frequency_penalty", label: "Frequency penalty", about: "subtracted for every time a token occurred" },
       { name: "presence_penalty", label: "Presence penalty", about: "subtracted if a token occurred" },
-      { name: "repeat_last_n", label: "Penalties look at", about: "past tokens", kind: "whole", min: -1 },
+      { name: "repeat_last_n", label: "Penalties look at", about: "past tokens", kind: "whole", min: 0 },
       { name: "dry_multiplier", label: "DRY multiplier", about: "strength against repeated sequences; 0: off", min: 0 },
       { name: "dry_base", label: "DRY base", about: "growth per repeated token", min: 0 },
       { name: "dry_allowed_length", label: "DRY allows", about: "longest repetition that is left alone, in tokens", kind: "whole", min: 0 },

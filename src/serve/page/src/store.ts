@@ -136,25 +136,30 @@ export const model = signal<Model | null>(null);
 export const modelFault = signal("");
 export const status = signal<Status | null>(null);
 
-export async function loadModel() {
+async function loadModel(): Promise<boolean> {
   try {
     model.value = await get<Model>("/qkov/model");
     modelFault.value = "";
+    return true;
   } catch (error) {
     modelFault.value = messageOf(error);
+    return false;
   }
 }
 
 /** Asks once a second while somebody looks, and less often while the server is away. */
 export async function watchStatus() {
+  // A server that was away may come back with another model.
+  let away = true;
   for (;;) {
     let pause = 1000;
     if (!document.hidden) {
       try {
         status.value = await get<Status>("/qkov/status");
-        if (!model.value) await loadModel();
+        if (away) away = !(await loadModel());
       } catch (error) {
         status.value = null;
+        away = true;
         if (error instanceof Refusal && error.status === 0) modelFault.value = error.message;
         pause = 5000;
       }
