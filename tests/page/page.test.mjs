@@ -63,9 +63,12 @@ const box = (page) => page.getByRole("textbox", { name: "Message" });
 const replies = (page) => page.locator(".reply .prose");
 const written = (page) => page.locator(".reply.last footer").waitFor();
 
+/** Enter does nothing before the page knows the model. */
+const sendable = (page) => page.locator("button[type=submit]:enabled").waitFor();
+
 async function say(page, text) {
   await box(page).fill(text);
-  await page.locator(".meters b").first().waitFor();
+  await sendable(page);
   await box(page).press("Enter");
   await written(page);
 }
@@ -106,7 +109,7 @@ test("a message gets a reply, with its figures", async () => {
 test("Esc stops a reply and keeps what was written, also over a reload", async () => {
   const { page, close } = await open({ settings: { sampling: { ignore_eos: true, seed: 4 } } });
   await box(page).fill("Write a passage about the sea.");
-  await page.locator(".meters b").first().waitFor();
+  await sendable(page);
   await box(page).press("Enter");
   await page.waitForFunction(() => document.querySelector(".reply .prose")?.textContent.length > 20);
   await page.keyboard.press("Escape");
