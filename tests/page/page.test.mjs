@@ -347,8 +347,8 @@ test("Markdown becomes elements", async () => {
 
 test("what the server refuses is told in place", async () => {
   const { page, close } = await open({ settings: { plan: { norm: "no_such_norm" }, sampling: {} }, expected: /status of 400/ });
-  await page.locator(".meters b").first().waitFor();
   await box(page).fill("Hello.");
+  await sendable(page);
   await box(page).press("Enter");
   await page.locator(".reply .fault").waitFor();
   assert.match(await page.locator(".reply .fault").innerText(), /no_such_norm/);

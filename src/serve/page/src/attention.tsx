@@ -92,6 +92,22 @@ const SHARP = 560;
 const weightAt = ({ matrix, tokens, max }: Seen, query: number, key: number) =>
   (matrix[query * tokens.length + key]! / 127) * max;
 
+function Readout({ of }: { of: Seen }) {
+  const here = cell.value;
+  return (
+    <p id="cell" aria-live="polite">
+      {here ? (
+        <>
+          <b class="mono">{inLine(of.tokens[here.query]!)}</b> → <b class="mono">{inLine(of.tokens[here.key]!)}</b>{" "}
+          <span>{number(weightAt(of, here.query, here.key))}</span>
+        </>
+      ) : (
+        <span class="muted">Rows are queries, columns are keys. Point at a cell, or click for its row.</span>
+      )}
+    </p>
+  );
+}
+
 function Matrix({ of }: { of: Seen }) {
   const canvas = useRef<HTMLCanvasElement>(null);
   const n = of.tokens.length;
@@ -145,16 +161,7 @@ function Matrix({ of }: { of: Seen }) {
         <i class="line end" style={{ top: `${(100 * of.n_prompt) / n}%` }} title="the reply begins" />
       </div>
       <figcaption>
-        <p id="cell" aria-live="polite">
-          {here ? (
-            <>
-              <b class="mono">{inLine(of.tokens[here.query]!)}</b> → <b class="mono">{inLine(of.tokens[here.key]!)}</b>{" "}
-              <span>{number(weightAt(of, here.query, here.key))}</span>
-            </>
-          ) : (
-            <span class="muted">Rows are queries, columns are keys. Point at a cell, or click for its row.</span>
-          )}
-        </p>
+        <Readout of={of} />
         <Legend of={of} />
       </figcaption>
     </figure>

@@ -18,7 +18,6 @@ interface Props {
   /** The token that stays chosen; for strips of which one is chosen. */
   chosen?: number;
   onChoose?: (index: number) => void;
-  onLook?: (index: number | null) => void;
   note?: (index: number) => ComponentChildren;
 }
 
@@ -52,19 +51,39 @@ function Note({ children, token, id }: { children: ComponentChildren; token: str
   );
 }
 
-export function Strip({ name, label, tokens, look, chosen, onChoose, onLook, note }: Props) {
+function Token(props: { id: string; index: number; text: string; look: Look; picked: boolean; more: string; noteId?: string }) {
+  const { heat = 0, opposed, mark = "", label } = props.look;
+  const classes = ["token", mark, opposed && "opposed", heat > 0 && "warm", props.more];
+  return (
+    <span
+      id={props.id}
+      data-index={props.index}
+      role="option"
+      aria-selected={props.picked}
+      aria-label={label}
+      aria-describedby={props.noteId}
+      class={classes.filter(Boolean).join(" ")}
+      style={heat > 0 ? { "--heat": `${(heat * 100).toFixed(1)}%` } : undefined}
+    >
+      {visible(props.text)}
+    </span>
+  );
+}
+
+function indexOf(target: EventTarget | null): number | null {
+  const found = (target as HTMLElement | null)?.closest?.<HTMLElement>("[data-index]");
+  return found ? Number(found.dataset["index"]) : null;
+}
+
+export function Strip({ name, label, tokens, look, chosen, onChoose, note }: Props) {
   const [at, setAt] = useState<number | null>(null);
   const [focused, setFocused] = useState(chosen ?? 0);
   const box = useRef<HTMLDivElement>(null);
   const id = (index: number) => `${name}-${index}`;
-  const lookAt = (index: number | null) => {
-    setAt(index);
-    onLook?.(index);
-  };
   const go = (index: number) => {
     const to = Math.max(0, Math.min(tokens.length - 1, index));
     setFocused(to);
-    lookAt(to);
+    setAt(to);
     onChoose?.(to);
     document.getElementById(id(to))?.scrollIntoView({ block: "nearest" });
   };
@@ -77,9 +96,15 @@ export function Strip({ name, label, tokens, look, chosen, onChoose, onLook, not
     Home: () => go(0),
     End: () => go(tokens.length - 1),
   };
-  const indexOf = (target: EventTarget | null) => {
-    const found = (target as HTMLElement | null)?.closest?.<HTMLElement>("[data-index]");
-    return found ? Number(found.dataset["index"]) : null;
+  const onKeyDown = (event: KeyboardEvent) => {
+    if (event.key === "Escape" && at !== null) {
+      event.stopPropagation();
+      return setAt(null);
+    }
+    const act = keys[event.key];
+    if (!act || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    act();
   };
   return (
     <>
@@ -90,47 +115,31 @@ export function Strip({ name, label, tokens, look, chosen, onChoose, onLook, not
         aria-label={label}
         tabIndex={0}
         aria-activedescendant={tokens.length ? id(here) : undefined}
-        onFocus={() => box.current!.matches(":focus-visible") && lookAt(here)}
-        onBlur={() => lookAt(null)}
+        onFocus={() => box.current!.matches(":focus-visible") && setAt(here)}
+        onBlur={() => setAt(null)}
         onPointerMove={(event) => {
           const index = indexOf(event.target);
-          if (index !== at) lookAt(index);
+          if (index !== at) setAt(index);
         }}
-        onPointerLeave={() => lookAt(null)}
+        onPointerLeave={() => setAt(null)}
         onClick={(event) => {
           const index = indexOf(event.target);
           if (index !== null) go(index);
         }}
-        onKeyDown={(event) => {
-          if (event.key === "Escape" && at !== null) {
-            event.stopPropagation();
-            return lookAt(null);
-          }
-          const act = keys[event.key];
-          if (!act || event.ctrlKey || event.metaKey || event.altKey) return;
-          event.preventDefault();
-          act();
-        }}
+        onKeyDown={onKeyDown}
       >
-        {tokens.map((token, index) => {
-          const { heat = 0, opposed, mark = "", label: said } = look(index);
-          const classes = ["token", mark, opposed && "opposed", heat > 0 && "warm", index === chosen && "chosen", index === at && "at"];
-          return (
-            <span
-              key={index}
-              id={id(index)}
-              data-index={index}
-              role="option"
-              aria-selected={index === here}
-              aria-label={said}
-              aria-describedby={note && index === at ? `${name}-note` : undefined}
-              class={classes.filter(Boolean).join(" ")}
-              style={heat > 0 ? { "--heat": `${(heat * 100).toFixed(1)}%` } : undefined}
-            >
-              {visible(token)}
-            </span>
-          );
-        })}
+        {tokens.map((token, index) => (
+          <Token
+            key={index}
+            id={id(index)}
+            index={index}
+            text={token}
+            look={look(index)}
+            picked={index === here}
+            more={`${index === chosen ? "chosen" : ""} ${index === at ? "at" : ""}`.trim()}
+            noteId={note && index === at ? `${name}-note` : undefined}
+          />
+        ))}
       </div>
       {note && at !== null && at < tokens.length && (
         <Note token={id(at)} id={`${name}-note`}>
