@@ -3,6 +3,7 @@
 pub mod chat;
 pub mod embed;
 mod engine;
+pub mod grammar;
 pub mod sampler;
 
 use std::borrow::Cow;
