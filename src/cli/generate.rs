@@ -6,6 +6,7 @@ use std::time::Instant;
 use clap::Args;
 
 use super::Run;
+use super::grammar::GrammarArgs;
 use super::options::RunArgs;
 use super::sampling::SamplingArgs;
 use super::terminal::{note, print_text, read_text};
@@ -30,7 +31,7 @@ pub(super) struct Generate {
     #[arg(long)]
     parse_special: bool,
     /// Goes on after the model has ended
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["json_schema", "grammar"])]
     ignore_eos: bool,
     /// File that keeps what was read, so that a prompt that begins alike need not be read again: read if
     /// it is there, and written at the end
@@ -39,6 +40,8 @@ pub(super) struct Generate {
     /// Tells times on stderr at the end
     #[arg(short, long)]
     verbose: bool,
+    #[command(flatten)]
+    grammar: GrammarArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -57,6 +60,7 @@ impl Run for Generate {
         let mut session = self.run.session(model.clone(), self.run.ctx)?;
         let tokenizer = &model.tokenizer;
         let mut sampler = Sampler::new(self.sampling.params(tokenizer)?, model.hparams.n_vocab)?;
+        let mut grammar = self.grammar.open(tokenizer, model.hparams.n_vocab)?;
         let mut tokens = tokenizer.encode(&prompt, true, self.parse_special)?;
         if tokens.is_empty() {
             // Something must be read before anything can follow.
@@ -73,7 +77,17 @@ impl Run for Generate {
         let start = Instant::now();
         let mut decoder = StreamDecoder::default();
         while self.n_predict.is_none_or(|max| n < max) {
-            let token = sampler.sample(session.logits());
+            let token = match &mut grammar {
+                Some(grammar) if grammar.is_over() => break,
+                Some(grammar) => {
+                    let mut logits = session.logits().to_vec();
+                    grammar.restrict(&mut logits)?;
+                    let token = sampler.sample(&logits);
+                    grammar.accept(token)?;
+                    token
+                }
+                None => sampler.sample(session.logits()),
+            };
             if tokenizer.is_eog(token) && !self.ignore_eos {
                 break;
             }
@@ -90,6 +104,9 @@ impl Run for Generate {
         print_text("\n")?;
         if let Some(path) = &self.session {
             session.save(path, "")?;
+        }
+        if grammar.is_some_and(|g| !g.is_over()) {
+            note("note: the text ends before the grammar does");
         }
         if self.verbose {
             session.notes().iter().for_each(|text| note(text));

@@ -11,6 +11,7 @@ mod embed;
 mod eval;
 mod forms;
 mod generate;
+mod grammar;
 mod heads;
 mod imatrix;
 mod inspect;

@@ -23,6 +23,7 @@ mod families;
 mod family;
 mod forms;
 mod golden;
+mod grammar;
 mod imatrix;
 mod layers;
 mod lora;

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
-mod vocabularies;
+pub mod vocabularies;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
