@@ -46,12 +46,9 @@ fn check_headers(headers: &HeaderMap, limit: usize) -> Answer<()> {
     let essence = kind.split(';').next().unwrap_or_default().trim();
     if !essence.eq_ignore_ascii_case("application/json") {
         let found = excerpt(kind);
-        return Err(unsupported(format!(
-            "content-type = \"{found}\"; application/json is needed"
-        )));
+        return Err(unsupported(format!("content-type = \"{found}\"; application/json is needed")));
     }
-    if let Some(encoding) = text(CONTENT_ENCODING).filter(|e| !e.eq_ignore_ascii_case("identity"))
-    {
+    if let Some(encoding) = text(CONTENT_ENCODING).filter(|e| !e.eq_ignore_ascii_case("identity")) {
         let found = excerpt(encoding);
         return Err(unsupported(format!("content-encoding = \"{found}\"; none is supported")));
     }

@@ -142,6 +142,9 @@ mod tests {
     fn no_more_is_held_back_than_may_become_a_stop() {
         let mut stops = Stops::new(&["END".into()]);
         let mut push = |text: &str| stops.push(text.into()).text;
-        assert_eq!(["aE", "N", "ENx", "E", "Q"].map(|text| push(text)), ["a", "", "ENENx", "", "EQ"]);
+        assert_eq!(
+            ["aE", "N", "ENx", "E", "Q"].map(|text| push(text)),
+            ["a", "", "ENENx", "", "EQ"]
+        );
     }
 }

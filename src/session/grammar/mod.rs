@@ -21,3 +21,32 @@ impl Grammar {
         match *self {}
     }
 }
+
+/// A model's vocabulary.
+#[derive(Clone)]
+pub struct Vocabulary;
+
+/// What a text must follow.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Spec {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that is valid under a schema.
+    JsonSchema(serde_json::Value),
+    /// A grammar in llama.cpp's notation.
+    Gbnf(String),
+}
+
+impl Vocabulary {
+    /// That of a model.
+    pub fn new(_: &crate::token::Tokenizer, _: usize) -> Result<Vocabulary> {
+        Ok(Vocabulary)
+    }
+}
+
+impl Grammar {
+    /// A grammar.
+    pub fn new(_: &Vocabulary, _: &Spec) -> Result<Grammar> {
+        crate::bad_usage!("grammars are not supported")
+    }
+}
