@@ -103,7 +103,8 @@ impl Domain {
         inside.then_some(value)
     }
 
-    fn show(&self, value: f32) -> String {
+    /// A value as it is written.
+    pub fn show(&self, value: f32) -> String {
         match self {
             Domain::Word(words) => words.get(value as usize).unwrap_or(&"").to_string(),
             _ => value.to_string(),

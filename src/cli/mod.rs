@@ -26,6 +26,7 @@ mod quantize;
 #[cfg(feature = "rpc")]
 mod rpc_worker;
 mod sampling;
+mod serve;
 mod template;
 mod terminal;
 mod tokenize;
@@ -64,6 +65,7 @@ const fn entry<C: Run>() -> Entry {
 static COMMANDS: &[Entry] = &[
     entry::<chat::Chat>(),
     entry::<generate::Generate>(),
+    entry::<serve::Serve>(),
     entry::<embed::Embed>(),
     entry::<eval::Eval>(),
     entry::<bench::Bench>(),

@@ -126,6 +126,11 @@ impl ModelArgs {
         self.file.at(error)
     }
 
+    /// The file, unless it is the built-in one.
+    pub(super) fn path(&self) -> Option<&Path> {
+        self.file.model.as_deref()
+    }
+
     pub(super) fn is_shipped(&self) -> bool {
         self.file.model.is_none()
     }
@@ -567,6 +572,11 @@ impl RunArgs {
             bad_usage!("--simd {}: this processor does not have it", level.name());
         }
         Ok(())
+    }
+
+    /// How many sequences at once are set up.
+    pub(super) fn pool_options(&self) -> Result<Options> {
+        self.options(self.ctx, self.one_threads()?)
     }
 
     fn options(&self, n_ctx: Option<usize>, n_threads: Threads) -> Result<Options> {

@@ -1,14 +1,12 @@
 //! Options on how the next token is chosen.
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
 use std::sync::LazyLock;
 
 use clap::Args;
 
 use crate::bad_usage;
 use crate::error::Result;
-use crate::session::sampler::SamplerParams;
+use crate::session::sampler::{SamplerParams, breakers, random_seed};
 use crate::token::Tokenizer;
 
 static DEFAULT: LazyLock<SamplerParams> = LazyLock::new(SamplerParams::default);
@@ -114,8 +112,7 @@ impl SamplingArgs {
     pub(super) fn params(&self, tokenizer: &Tokenizer) -> Result<SamplerParams> {
         let bias = self.logit_bias.iter().map(|text| logit_bias(text, tokenizer));
         let dry_breakers = if self.dry_multiplier > 0.0 {
-            let breakers = self.dry_breaker.iter().map(|text| breaker(text, tokenizer));
-            breakers.collect::<Result<_>>()?
+            breakers(self.dry_breaker.iter().map(String::as_str), tokenizer)?
         } else {
             Vec::new()
         };
@@ -149,11 +146,6 @@ impl SamplingArgs {
     }
 }
 
-/// The standard library seeds its hash maps from the system's random numbers.
-fn random_seed() -> u64 {
-    RandomState::new().build_hasher().finish()
-}
-
 /// `ID=X` or `TEXT=X`, where the text is one token.
 fn logit_bias(text: &str, tokenizer: &Tokenizer) -> Result<(u32, f32)> {
     let parts = text.rsplit_once('=').and_then(|(token, x)| Some((token, x.parse().ok()?)));
@@ -166,15 +158,5 @@ fn logit_bias(text: &str, tokenizer: &Tokenizer) -> Result<(u32, f32)> {
     match tokenizer.encode(token, false, true)?[..] {
         [id] => Ok((id, bias)),
         ref ids => bad_usage!("logit-bias = {text:?}: the text is {} tokens; allowed 1", ids.len()),
-    }
-}
-
-/// The tokens of a text in the middle of a line; some tokenizers begin a line with a space.
-fn breaker(text: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let before = tokenizer.encode("a", false, false)?;
-    let both = tokenizer.encode(&format!("a{text}"), false, false)?;
-    match both.strip_prefix(&before[..]) {
-        Some(ids) if !ids.is_empty() => Ok(ids.to_vec()),
-        _ => tokenizer.encode(text, false, false),
     }
 }

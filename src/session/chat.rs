@@ -274,11 +274,7 @@ impl Chat {
         let n_system = usize::from(self.system().is_some());
         let system = self.messages.iter().take(n_system);
         let text = self.render(system.chain(self.messages.iter().skip(n_system + n_left_out)))?;
-        let tokenizer = &self.session.model().tokenizer;
-        // A template that writes the first token itself must not get a second one.
-        let bos = tokenizer.bos().map(|id| tokenizer.text(id));
-        let has_bos = bos.is_some_and(|b| !b.is_empty() && text.as_bytes().starts_with(b));
-        tokenizer.encode(&text, tokenizer.add_bos() && !has_bos, true)
+        encode_rendered(&self.session.model().tokenizer, &text)
     }
 
     fn render<'a>(&self, messages: impl Iterator<Item = &'a Message>) -> Result<String> {
@@ -287,6 +283,14 @@ impl Chat {
         self.template
             .render(&Value::Array(messages), &template_context(&self.session.model().tokenizer))
     }
+}
+
+/// The tokens of what a template has written. One that writes the first token itself must not get a
+/// second one.
+pub fn encode_rendered(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+    let bos = tokenizer.bos().map(|id| tokenizer.text(id));
+    let has_bos = bos.is_some_and(|b| !b.is_empty() && text.as_bytes().starts_with(b));
+    tokenizer.encode(text, tokenizer.add_bos() && !has_bos, true)
 }
 
 /// What the model's template is told besides the messages.

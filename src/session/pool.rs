@@ -36,6 +36,29 @@ pub struct Ask {
     pub mask: Option<String>,
 }
 
+impl Ask {
+    /// A model's plan with what is asked for.
+    ///
+    /// # Errors
+    ///
+    /// What cannot be read or does not go with the model, and forms that need other matrices.
+    pub fn plan(&self, model: &Model) -> Result<Plan> {
+        let mut plan = model.plan.clone();
+        if let Some(text) = &self.norm {
+            plan.set_normalizers(text)?;
+            model.check(&plan)?;
+        }
+        if let Some(text) = &self.mask {
+            plan.set_masks(text)?;
+        }
+        if let Some(text) = &self.form {
+            plan.set_forms(text)?;
+            model.check_forms(&plan)?;
+        }
+        Ok(plan)
+    }
+}
+
 /// A plan, bound to the model.
 pub struct Variant {
     plan: Plan,
@@ -92,6 +115,11 @@ impl Sequence {
     /// Bytes of the cache that its positions take.
     pub fn cache_bytes(&self) -> usize {
         self.cache.n_bytes() / self.cache.n_ctx() * self.tokens().len()
+    }
+
+    /// Bytes of the cache when the context is full.
+    pub fn max_cache_bytes(&self) -> usize {
+        self.cache.n_bytes()
     }
 
     /// Forgets all tokens.
@@ -159,27 +187,21 @@ impl Pool {
         self.n_ctx
     }
 
+    /// What a sequence attends with unless asked: as the model was opened.
+    pub fn first(&self) -> &Arc<Variant> {
+        &self.variants[0].1
+    }
+
     /// What a sequence attends with that is asked for so.
     ///
     /// # Errors
     ///
-    /// A plan that cannot be read or does not go with the model, and forms that need other matrices.
+    /// Those of [`Ask::plan`].
     pub fn variant(&mut self, ask: &Ask) -> Result<Arc<Variant>> {
         if let Some((_, variant)) = self.variants.iter().find(|(known, _)| known == ask) {
             return Ok(variant.clone());
         }
-        let mut plan = self.model.plan.clone();
-        if let Some(text) = &ask.norm {
-            plan.set_normalizers(text)?;
-            self.model.check(&plan)?;
-        }
-        if let Some(text) = &ask.mask {
-            plan.set_masks(text)?;
-        }
-        if let Some(text) = &ask.form {
-            plan.set_forms(text)?;
-            self.model.check_forms(&plan)?;
-        }
+        let plan = ask.plan(&self.model)?;
         let variant = Arc::new(Variant::new(&self.model, plan));
         if self.variants.len() == MAX_VARIANTS {
             self.variants.truncate(1);

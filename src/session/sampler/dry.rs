@@ -2,6 +2,8 @@
 //! that would continue a repetition of n >= allowed tokens loses `multiplier * base^(n - allowed)`.
 
 use super::{Candidates, Random, Sample, SamplerParams};
+use crate::error::Result;
+use crate::token::Tokenizer;
 
 /// Penalties do not grow beyond what a logit can hold.
 const MAX_PENALTY: f64 = f32::MAX as f64;
@@ -16,6 +18,23 @@ struct Dry {
     repeats: Vec<usize>,
     /// Tokens that would continue a repetition, with its length; then the longest per token.
     next: Vec<(u32, usize)>,
+}
+
+/// Token sequences for [`SamplerParams::dry_breakers`]: those of texts in the middle of a line, since some
+/// tokenizers begin a line with a space.
+pub fn breakers<'a>(
+    texts: impl IntoIterator<Item = &'a str>,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<Vec<u32>>> {
+    let before = tokenizer.encode("a", false, false)?;
+    let one = |text: &str| {
+        let both = tokenizer.encode(&format!("a{text}"), false, false)?;
+        match both.strip_prefix(&before[..]) {
+            Some(ids) if !ids.is_empty() => Ok(ids.to_vec()),
+            _ => tokenizer.encode(text, false, false),
+        }
+    };
+    texts.into_iter().map(one).collect()
 }
 
 /// How many past tokens count; 0 if it is off.

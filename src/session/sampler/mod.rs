@@ -20,8 +20,9 @@ mod typical;
 mod xtc;
 
 pub use candidates::{Candidate, Candidates};
+pub use dry::breakers;
 pub use params::SamplerParams;
-pub use random::Random;
+pub use random::{Random, random_seed};
 
 use crate::error::Result;
 

@@ -107,7 +107,7 @@ impl SamplerParams {
     }
 
     /// Refuses what makes no sense, naming the option.
-    pub(super) fn check(&self, n_vocab: usize) -> Result<()> {
+    pub fn check(&self, n_vocab: usize) -> Result<()> {
         if n_vocab == 0 {
             bad_usage!("vocabulary = 0 tokens; allowed 1 or more");
         }

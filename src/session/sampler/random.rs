@@ -1,6 +1,15 @@
 //! xoshiro256++ (Blackman and Vigna 2018, <https://prng.di.unimi.it>): the same numbers on every
 //! machine and in every version.
 
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+
+/// A seed that nobody knows before: the standard library seeds its hash maps from the system's random
+/// numbers.
+pub fn random_seed() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
+
 /// A source of random numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Random {
