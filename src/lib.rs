@@ -21,6 +21,7 @@ pub mod normalizer;
 pub mod param;
 pub mod plan;
 pub mod quant;
+pub mod serve;
 pub mod session;
 pub mod simd;
 pub mod token;

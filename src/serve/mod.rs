@@ -1,0 +1,3 @@
+//! Answering requests of other programs.
+
+pub mod tools;
