@@ -8,15 +8,17 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::App;
+use super::calls::{CallDelta, Calls, Written, calls};
 use super::conversation::Conversation;
 use super::failure::{Answer, Failure, answer};
 use super::fields::{Fields, wrong};
 use super::reply::{Head, Timings, Total, Usage, Whole, chat_logprobs, collect};
 use super::stream::{Shape, event, response};
-use super::texts::{Chosen, News, Reason, Texts};
+use super::texts::{Chosen, Cost, News, Reason, Texts};
 use super::wanted::{Extent, MAX_TOP, Wanted};
 use crate::error::excerpt;
 use crate::serve::job::Generation;
+use crate::serve::tools::Event;
 use crate::session::grammar::Spec;
 
 /// Fields that change nothing of a reply.
@@ -36,22 +38,26 @@ struct Ready {
     wanted: Wanted,
     generations: Vec<Generation>,
     n_prompt: usize,
+    calls: Option<Calls>,
 }
 
 /// Answers a request.
 pub(super) async fn run(app: Arc<App>, fields: Fields) -> Answer<Response<Body>> {
-    let Ready { wanted, generations, n_prompt } =
+    let Ready { wanted, generations, n_prompt, calls } =
         app.prepare(move |app| Ready::new(fields, app)).await?;
     let n = wanted.n;
     let head = Head::new("chatcmpl", &app, &wanted.names);
     let mut total = Total::new(n, n_prompt);
-    let texts = Texts::new(&app, generations, wanted.stops)?;
+    let controls = calls.as_ref().map_or(Vec::new(), |calls| calls.controls(&app));
+    let texts = Texts::new(&app, generations, wanted.stops, controls)?;
+    let written = (0..n).map(|_| calls.as_ref().map(Calls::written)).collect();
     if wanted.stream {
-        let chunks = Chunks { app: app.clone(), head, include_usage: wanted.include_usage };
+        let include_usage = wanted.include_usage;
+        let chunks = Chunks { app: app.clone(), head, written, include_usage };
         return Ok(response(texts, chunks, total));
     }
     let all = collect(texts, n, &mut total).await?;
-    Ok(answer(StatusCode::OK, &whole(&app, &head, &all, &total)))
+    Ok(answer(StatusCode::OK, &whole(&app, &head, (all, written), &total)))
 }
 
 impl Ready {
@@ -73,12 +79,13 @@ impl Ready {
             wanted.grammar = Some(format);
         }
         conversation.extra = extra(&mut fields)?;
+        let calls = calls(&mut fields, app, &mut conversation, &mut wanted)?;
         modalities(&mut fields)?;
         fields.end(IGNORED)?;
         let prompt = conversation.tokens(app)?;
         let n_prompt = prompt.len();
         let generations = wanted.generations(app, &[prompt], extent)?;
-        Ok(Ready { wanted, generations, n_prompt })
+        Ok(Ready { wanted, generations, n_prompt, calls })
     }
 }
 
@@ -161,17 +168,24 @@ fn modalities(fields: &mut Fields) -> Answer<()> {
     }
 }
 
-fn whole(app: &App, head: &Head, all: &[Whole], total: &Total) -> Value {
-    let choice = |(index, whole): (usize, &Whole)| {
+fn whole(
+    app: &App,
+    head: &Head,
+    (all, written): (Vec<Whole>, Vec<Option<Written>>),
+    total: &Total,
+) -> Value {
+    let choice = |(index, (whole, written)): (usize, (Whole, Option<Written>))| {
         let logprobs = match whole.tokens.is_empty() {
             true => Value::Null,
             false => chat_logprobs(&app.model.tokenizer, &whole.tokens),
         };
+        let Whole { text, reason, .. } = whole;
+        let (message, reason) = match written {
+            Some(written) => written.message(&text, reason),
+            None => (json!({"role": "assistant", "content": text, "refusal": null}), reason),
+        };
         json!({
-            "index": index,
-            "message": {"role": "assistant", "content": whole.text, "refusal": null},
-            "logprobs": logprobs,
-            "finish_reason": whole.reason,
+            "index": index, "message": message, "logprobs": logprobs, "finish_reason": reason,
         })
     };
     json!({
@@ -180,7 +194,7 @@ fn whole(app: &App, head: &Head, all: &[Whole], total: &Total) -> Value {
         "created": head.created,
         "model": head.model,
         "system_fingerprint": head.fingerprint,
-        "choices": all.iter().enumerate().map(choice).collect::<Vec<_>>(),
+        "choices": all.into_iter().zip(written).enumerate().map(choice).collect::<Vec<_>>(),
         "usage": total.usage(),
         "timings": total.timings(),
     })
@@ -190,6 +204,8 @@ fn whole(app: &App, head: &Head, all: &[Whole], total: &Total) -> Value {
 struct Chunks {
     app: Arc<App>,
     head: Head,
+    /// Of each reply, if there are tools.
+    written: Vec<Option<Written>>,
     include_usage: bool,
 }
 
@@ -222,6 +238,8 @@ struct Delta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[CallDelta<'a>; 1]>,
 }
 
 impl Chunks {
@@ -252,23 +270,60 @@ impl Chunks {
     }
 }
 
+impl Chunks {
+    /// Writes more of a reply, `text` or what is found in it; the probabilities go with the first part.
+    fn more(&mut self, index: usize, text: &str, tokens: &[Chosen], out: &mut Vec<u8>) {
+        let content = |text| Delta { content: Some(text), ..Delta::default() };
+        let events = match self.written.get_mut(index).and_then(Option::as_mut) {
+            Some(written) => written.push(text),
+            None if text.is_empty() && tokens.is_empty() => return,
+            None => return self.one(index, content(text), tokens, out),
+        };
+        self.found(index, &events, tokens, out);
+    }
+
+    fn found(&self, index: usize, events: &[Event], tokens: &[Chosen], out: &mut Vec<u8>) {
+        let mut tokens = tokens;
+        for event in events {
+            let delta = match event {
+                Event::Content(text) => Delta { content: Some(text), ..Delta::default() },
+                event => match CallDelta::of(event) {
+                    Some(call) => Delta { tool_calls: Some([call]), ..Delta::default() },
+                    None => continue,
+                },
+            };
+            self.one(index, delta, std::mem::take(&mut tokens), out);
+        }
+        if !tokens.is_empty() {
+            self.one(index, Delta::default(), tokens, out);
+        }
+    }
+
+    fn end(&mut self, index: usize, reason: Reason, cost: &Cost, out: &mut Vec<u8>) {
+        let mut reason = reason;
+        if let Some(written) = self.written.get_mut(index).and_then(Option::as_mut) {
+            let events = written.finish();
+            reason = written.reason(reason);
+            self.found(index, &events, &[], out);
+        }
+        let (delta, finish_reason) = (Delta::default(), Some(reason));
+        let choice = Choice { index, delta, logprobs: None, finish_reason };
+        self.write(&[choice], (None, Some(Timings::from(cost))), out);
+    }
+}
+
 impl Shape for Chunks {
     fn news(&mut self, index: usize, news: News, out: &mut Vec<u8>) {
-        let content = |text| Delta { content: Some(text), ..Delta::default() };
         match news {
             News::Started => {
-                let delta = Delta { role: Some("assistant"), content: Some("") };
-                self.one(index, delta, &[], out);
+                let (role, content) = (Some("assistant"), Some(""));
+                self.one(index, Delta { role, content, tool_calls: None }, &[], out);
             }
             News::Prompt(_) => {}
-            News::More(text, tokens) => self.one(index, content(&text), &tokens, out),
+            News::More(text, tokens) => self.more(index, &text, &tokens, out),
             News::Ended(text, tokens, reason, cost) => {
-                if !text.is_empty() || !tokens.is_empty() {
-                    self.one(index, content(&text), &tokens, out);
-                }
-                let (delta, finish_reason) = (Delta::default(), Some(reason));
-                let choice = Choice { index, delta, logprobs: None, finish_reason };
-                self.write(&[choice], (None, Some(Timings::from(&cost))), out);
+                self.more(index, &text, &tokens, out);
+                self.end(index, reason, &cost, out);
             }
         }
     }

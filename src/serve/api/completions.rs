@@ -48,7 +48,7 @@ pub(super) async fn run(app: Arc<App>, fields: Fields) -> Answer<Response<Body>>
     let n_prompt = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
     let mut total = Total::new(wanted.n, n_prompt);
     let n = generations.len();
-    let texts = Texts::new(&app, generations, wanted.stops)?;
+    let texts = Texts::new(&app, generations, wanted.stops, Vec::new())?;
     let places = vec![0; n];
     let include_usage = wanted.include_usage;
     let mut chunks =

@@ -6,6 +6,7 @@ use super::App;
 use super::failure::{Answer, Failure};
 use super::fields::{Fields, wrong};
 use crate::error::excerpt;
+use crate::serve::tools;
 use crate::session::chat::{encode_rendered, template_context};
 use crate::token::template::Context;
 
@@ -14,7 +15,7 @@ const MAX_MESSAGES: usize = 10_000;
 
 /// What a template is given.
 pub(super) struct Conversation {
-    pub(super) messages: Vec<Value>,
+    messages: Value,
     pub(super) tools: Option<Value>,
     /// More variables of the template.
     pub(super) extra: Map<String, Value>,
@@ -30,12 +31,15 @@ impl Conversation {
         }
         let one = |(i, value)| message(Fields::of(&format!("{name}[{i}]"), value)?);
         let messages = list.into_iter().enumerate().map(one).collect::<Answer<_>>()?;
+        // Arguments of calls become objects.
+        let messages = tools::messages(&Value::Array(messages));
+        let messages = messages.map_err(|e| Failure::from(e).about(name))?;
         Ok(Conversation { messages, tools: None, extra: Map::new() })
     }
 
     /// The tokens of the whole, up to the beginning of a reply.
     pub(super) fn tokens(&self, app: &App) -> Answer<Vec<u32>> {
-        let Some(template) = &app.template else {
+        let Some((template, _)) = &app.template else {
             return Err(Failure::field(
                 "messages",
                 "this model has no chat template; use /v1/completions, or start the server with --template",
@@ -47,7 +51,7 @@ impl Conversation {
             extra: self.extra.clone(),
             ..template_context(tokenizer)
         };
-        let text = template.render(&Value::Array(self.messages.clone()), &context);
+        let text = template.render(&self.messages, &context);
         let text = text.map_err(|e| Failure::invalid(e.to_string()).about("messages"))?;
         Ok(encode_rendered(tokenizer, &text)?)
     }
@@ -126,12 +130,9 @@ fn calls(fields: &mut Fields) -> Answer<Option<Value>> {
         call.text("type")?;
         let mut function = call.object("function")?.ok_or_else(|| call.missing("function"))?;
         let called = function.needed_text("name")?;
-        let text = function.needed_text("arguments")?;
-        // Templates write arguments as JSON themselves.
-        let arguments = serde_json::from_str(&text).ok().filter(Value::is_object);
+        let arguments = function.needed_text("arguments")?;
         function.end(&[])?;
         call.end(&["index"])?;
-        let arguments = arguments.unwrap_or(Value::String(text));
         let function = json!({"name": called, "arguments": arguments});
         Ok(json!({"id": id, "type": "function", "function": function}))
     };

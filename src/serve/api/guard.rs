@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
 use axum::http::header::{
-    AUTHORIZATION, HOST, HeaderName, HeaderValue, ORIGIN, REFERRER_POLICY, WWW_AUTHENTICATE,
-    X_CONTENT_TYPE_OPTIONS,
+    AUTHORIZATION, CONTENT_LENGTH, HOST, HeaderName, HeaderValue, ORIGIN, REFERRER_POLICY,
+    WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, Response, StatusCode, Version};
@@ -177,6 +177,10 @@ pub(super) async fn pass(
         |name: HeaderName, value| head.headers.insert(name, HeaderValue::from_static(value));
     set(X_CONTENT_TYPE_OPTIONS, "nosniff");
     set(REFERRER_POLICY, "no-referrer");
+    if let Some(n) = body.size_hint().exact() {
+        // Once the body is wrapped, its length is not known any more.
+        head.headers.entry(CONTENT_LENGTH).or_insert(n.into());
+    }
     // It is over when its last byte is handed on.
     let body = body.map_frame(move |frame| {
         let _ = &counted;

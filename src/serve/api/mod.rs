@@ -4,6 +4,7 @@
 //! model's thread. What that answers is tokens; here they become text, and end where a stop is found. Who
 //! asks and goes away drops the receiving end of the answer, and the job ends.
 
+mod calls;
 mod chat;
 mod completions;
 mod conversation;
@@ -51,7 +52,8 @@ struct App {
     /// The model's name, and others it goes by.
     id: String,
     names: Vec<String>,
-    template: Option<Template>,
+    /// With its source.
+    template: Option<(Template, String)>,
     /// Made when a grammar is asked for.
     vocabulary: OnceLock<Result<Vocabulary>>,
     pooling: Pooling,

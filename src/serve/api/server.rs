@@ -145,7 +145,10 @@ impl Server {
         let runtime = builder.build().map_err(failed)?;
         let model = pool.model().clone();
         let own = model.gguf.str("tokenizer.chat_template")?;
-        let template = settings.template.as_deref().or(own).map(Template::new).transpose()?;
+        let template = match settings.template.as_deref().or(own) {
+            Some(source) => Some((Template::new(source)?, source.to_string())),
+            None => None,
+        };
         let (phase, receiver) = watch::channel(Phase::Open);
         let n_ctx = pool.n_ctx();
         let pooling = settings.pooling.unwrap_or(match model.hparams.pooling() {

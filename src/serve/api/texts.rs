@@ -65,6 +65,8 @@ pub(super) struct Texts {
     waiting: VecDeque<(usize, Generation)>,
     active: Vec<Text>,
     stops: Stops,
+    /// Control tokens that are seen as text.
+    controls: Arc<[u32]>,
     phase: watch::Receiver<Phase>,
     /// The one that is looked at next.
     turn: usize,
@@ -87,14 +89,20 @@ struct Text {
 }
 
 impl Texts {
-    /// Has texts written that end in front of `stops`. Fails if not even the first finds room in the
+    /// Has texts written that end in front of `stops` and have the names of `controls`. Fails if not even the first finds room in the
     /// queue.
-    pub(super) fn new(app: &Arc<App>, generations: Vec<Generation>, stops: Stops) -> Answer<Texts> {
+    pub(super) fn new(
+        app: &Arc<App>,
+        generations: Vec<Generation>,
+        stops: Stops,
+        controls: Vec<u32>,
+    ) -> Answer<Texts> {
         let mut texts = Texts {
             app: app.clone(),
             waiting: generations.into_iter().enumerate().collect(),
             active: Vec::new(),
             stops,
+            controls: controls.into(),
             phase: app.phase.clone(),
             turn: 0,
         };
@@ -162,7 +170,7 @@ impl Texts {
         for i in (0..n).map(|i| (self.turn + i) % n) {
             let text = &mut self.active[i];
             while let Poll::Ready(event) = text.events.poll_recv(cx) {
-                let Some(news) = text.take(&self.app, event) else { continue };
+                let Some(news) = text.take(&self.app, &self.controls, event) else { continue };
                 let news = news.map(|news| (text.index, news));
                 self.turn = i + 1;
                 if !matches!(news, Ok((_, News::Started | News::Prompt(_) | News::More(..)))) {
@@ -222,7 +230,7 @@ impl Text {
     }
 
     /// Takes what the model's thread says; `None` if there is nothing to pass on.
-    fn take(&mut self, app: &App, event: Option<Event>) -> Option<Answer<News>> {
+    fn take(&mut self, app: &App, controls: &[u32], event: Option<Event>) -> Option<Answer<News>> {
         match event {
             Some(Event::Started { n_prompt, n_cached, at }) => {
                 (self.cost.n_prompt, self.cost.n_cached) = (n_prompt, n_cached);
@@ -230,7 +238,7 @@ impl Text {
                 Some(Ok(News::Started))
             }
             Some(Event::Prompt(logprobs)) => Some(Ok(News::Prompt(logprobs))),
-            Some(Event::Token { id, logprobs }) => self.token(app, id, logprobs).map(Ok),
+            Some(Event::Token { id, logprobs }) => self.token(app, controls, id, logprobs).map(Ok),
             Some(Event::Ended(End::Stop)) => Some(Ok(self.end(app, Reason::Stop))),
             Some(Event::Ended(End::Length)) => Some(Ok(self.end(app, Reason::Length))),
             Some(Event::Failed(Error::Usage(text))) => Some(Err(Failure::invalid(text))),
@@ -239,9 +247,15 @@ impl Text {
         }
     }
 
-    fn token(&mut self, app: &App, id: u32, logprobs: Option<Logprobs>) -> Option<News> {
+    fn token(
+        &mut self,
+        app: &App,
+        controls: &[u32],
+        id: u32,
+        logprobs: Option<Logprobs>,
+    ) -> Option<News> {
         self.count(app);
-        let piece = app.model.tokenizer.piece(id, false);
+        let piece = app.model.tokenizer.piece(id, controls.contains(&id));
         let text = self.decoder.push(piece);
         let start = self.n_bytes;
         self.n_bytes += text.len();

@@ -97,6 +97,7 @@ impl Wanted {
 fn grammar(app: &App, spec: &Spec) -> Answer<Grammar> {
     let param = match spec {
         Spec::Gbnf(_) => "grammar",
+        Spec::Parts(_) => "tools",
         _ => "response_format",
     };
     let grammar = app.vocabulary().and_then(|vocabulary| Grammar::new(vocabulary, spec));
