@@ -25,6 +25,7 @@ pub(super) fn routes(app: Arc<App>) -> Router {
         .route("/v1/completions", with_body(completions::run))
         .route("/v1/embeddings", with_body(embeddings::run))
         .route("/tokenize", with_body(tokens::tokenize))
+        .route("/tokenizer_info", get(tokens::info))
         .route("/detokenize", with_body(tokens::detokenize))
         .route("/qkov/model", get(state::model))
         .route("/qkov/status", get(state::status))
