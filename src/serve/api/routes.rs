@@ -21,6 +21,7 @@ pub(super) fn routes(app: Arc<App>) -> Router {
         .route("/health", get(state::health))
         .route("/metrics", get(state::metrics))
         .route("/v1/models", get(state::models))
+        .route("/v1/models/{*name}", get(state::named))
         .route("/v1/chat/completions", with_body(chat::run))
         .route("/v1/completions", with_body(completions::run))
         .route("/v1/embeddings", with_body(embeddings::run))
