@@ -18,6 +18,8 @@ mod inspect;
 mod list;
 mod masks;
 mod merge;
+mod model_file;
+mod models;
 mod norms;
 mod options;
 mod patterns;
@@ -27,6 +29,7 @@ mod quantize;
 mod rpc_worker;
 mod sampling;
 mod serve;
+mod stores;
 mod template;
 mod terminal;
 mod tokenize;
@@ -80,6 +83,7 @@ static COMMANDS: &[Entry] = &[
     entry::<forms::Forms>(),
     entry::<patterns::Patterns>(),
     entry::<inspect::Inspect>(),
+    entry::<models::Models>(),
     entry::<tokenize::Tokenize>(),
     entry::<template::Template>(),
     #[cfg(feature = "rpc")]

@@ -43,6 +43,7 @@ mod sampler;
 mod scheduler;
 mod sessions;
 mod ships;
+mod stores;
 mod template;
 mod tiny;
 mod token;
