@@ -6,7 +6,9 @@ mod calibrate;
 mod chat;
 mod circuits;
 mod compare;
+mod completions;
 mod devices;
+mod doctor;
 mod embed;
 mod eval;
 mod forms;
@@ -16,6 +18,7 @@ mod heads;
 mod imatrix;
 mod inspect;
 mod list;
+mod man;
 mod masks;
 mod merge;
 mod model_file;
@@ -84,10 +87,13 @@ static COMMANDS: &[Entry] = &[
     entry::<patterns::Patterns>(),
     entry::<inspect::Inspect>(),
     entry::<models::Models>(),
+    entry::<doctor::Doctor>(),
     entry::<tokenize::Tokenize>(),
     entry::<template::Template>(),
     #[cfg(feature = "rpc")]
     entry::<rpc_worker::RpcWorker>(),
+    entry::<completions::Completions>(),
+    entry::<man::ManPages>(),
 ];
 
 fn command() -> Command {
