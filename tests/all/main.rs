@@ -15,6 +15,7 @@ mod circuits;
 mod cli;
 mod compare;
 mod devices;
+mod doctor;
 mod embed;
 #[cfg(feature = "ggml")]
 mod engines;
@@ -42,7 +43,9 @@ mod quantize;
 mod sampler;
 mod scheduler;
 mod sessions;
+mod shells;
 mod ships;
+mod stores;
 mod template;
 mod tiny;
 mod token;
