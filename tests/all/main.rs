@@ -41,6 +41,7 @@ mod quant;
 mod quantize;
 mod sampler;
 mod scheduler;
+mod serve;
 mod sessions;
 mod ships;
 mod template;
