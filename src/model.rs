@@ -317,12 +317,17 @@ impl Model {
 
     /// Architecture and most frequent format, by elements: `llama Q8_0`.
     pub fn kind(&self) -> String {
-        let count = |ty: &quant::Type| -> u64 {
-            self.gguf.tensors().iter().filter(|t| t.ty == ty).map(|t| t.n_elements()).sum()
-        };
-        let format = quant::TYPES.iter().max_by_key(|ty| count(ty)).map_or("", |ty| ty.name);
-        format!("{} {format}", self.hparams.arch)
+        kind(&self.gguf, self.hparams.arch)
     }
+}
+
+/// The same of a file that may be of any kind.
+pub fn kind(gguf: &Gguf, arch: &str) -> String {
+    let count = |ty: &quant::Type| -> u64 {
+        gguf.tensors().iter().filter(|t| t.ty == ty).map(|t| t.n_elements()).sum()
+    };
+    let format = quant::TYPES.iter().max_by_key(|ty| count(ty)).map_or("", |ty| ty.name);
+    format!("{arch} {format}")
 }
 
 /// Normalizers that a model was trained with, as [`Plan::set_normalizers`] reads them.

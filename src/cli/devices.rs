@@ -42,16 +42,22 @@ fn of_ggml() -> Vec<Value> {
 
 #[cfg(not(feature = "ggml"))]
 fn of_ggml() -> Vec<Value> {
-    super::terminal::note(MISSING);
     Vec::new()
 }
 
-/// Prints every device of every engine.
-pub(super) fn show(as_json: bool) -> Result<()> {
+/// Every device of every engine.
+pub(super) fn all() -> Vec<Value> {
     let own = json!({"engine": "cpu", "name": "cpu", "kind": "CPU",
         "description": format!("{}, {} threads", simd::level().name(), default_threads()),
         "memory_free": null, "memory_total": null});
-    let all: Vec<Value> = [own].into_iter().chain(of_ggml()).collect();
+    [own].into_iter().chain(of_ggml()).collect()
+}
+
+/// Prints them.
+pub(super) fn show(as_json: bool) -> Result<()> {
+    let all = all();
+    #[cfg(not(feature = "ggml"))]
+    super::terminal::note(MISSING);
     if as_json {
         return print_json(&all);
     }

@@ -6,7 +6,9 @@ mod calibrate;
 mod chat;
 mod circuits;
 mod compare;
+mod completions;
 mod devices;
+mod doctor;
 mod embed;
 mod eval;
 mod forms;
@@ -16,8 +18,11 @@ mod heads;
 mod imatrix;
 mod inspect;
 mod list;
+mod man;
 mod masks;
 mod merge;
+mod model_file;
+mod models;
 mod norms;
 mod options;
 mod patterns;
@@ -27,6 +32,7 @@ mod quantize;
 mod rpc_worker;
 mod sampling;
 mod serve;
+mod stores;
 mod template;
 mod terminal;
 mod tokenize;
@@ -80,10 +86,14 @@ static COMMANDS: &[Entry] = &[
     entry::<forms::Forms>(),
     entry::<patterns::Patterns>(),
     entry::<inspect::Inspect>(),
+    entry::<models::Models>(),
+    entry::<doctor::Doctor>(),
     entry::<tokenize::Tokenize>(),
     entry::<template::Template>(),
     #[cfg(feature = "rpc")]
     entry::<rpc_worker::RpcWorker>(),
+    entry::<completions::Completions>(),
+    entry::<man::ManPages>(),
 ];
 
 fn command() -> Command {

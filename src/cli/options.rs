@@ -6,12 +6,13 @@ use std::sync::Arc;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
+use super::model_file::FileArgs;
 use super::terminal::{note, progress, read_text, text_or_sample};
 use crate::bad_usage;
 use crate::cpu::threads::default_threads;
 use crate::engine::{CacheType, Devices, Kind, Threads};
 use crate::error::{Error, Result};
-use crate::gguf::{Bytes, Gguf, evict};
+use crate::gguf::{Gguf, evict};
 use crate::measure::choose::{self, Auto, Candidate};
 use crate::measure::compare::text_hash;
 use crate::measure::grams::gather;
@@ -24,22 +25,8 @@ use crate::plan::{LayerPlan, Plan, PlanFile};
 use crate::session::{Options, Session};
 use crate::simd::{self, Level};
 
-/// The model that ships: 17.8 M parameters, trained on public-domain books and chats made of them.
-static SHIPPED: &[u8] =
-    include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/models/books-18m-q5_k.gguf"));
-
-/// What stands for the shipped model in reports.
-const SHIPPED_NAME: &str = "books-18m-q5_k.gguf (built in)";
-
 /// Longest sequence of the text that forms are made with.
 const FORM_WINDOW: usize = 512;
-
-#[derive(Args)]
-pub(super) struct FileArgs {
-    /// GGUF file of the model; of a split one, any part [default: the small one built in]
-    #[arg(short, long, value_name = "FILE")]
-    model: Option<PathBuf>,
-}
 
 #[derive(Args)]
 pub(super) struct ModelArgs {
@@ -48,29 +35,6 @@ pub(super) struct ModelArgs {
     /// GGUF file of a LoRA adapter, and what its effect is multiplied with; may be given again
     #[arg(long, value_name = "FILE[:SCALE]")]
     lora: Vec<String>,
-}
-
-impl FileArgs {
-    /// The file, without a look at what kind of model it is.
-    pub(super) fn gguf(&self) -> Result<Gguf> {
-        match &self.model {
-            Some(path) => Gguf::open(path),
-            None => Gguf::parse(Bytes::from(SHIPPED)),
-        }
-    }
-
-    /// The file's name in reports.
-    pub(super) fn name(&self) -> String {
-        self.model.as_ref().map_or(SHIPPED_NAME.into(), |p| p.to_string_lossy().into_owned())
-    }
-
-    /// Names the file in an error about its content.
-    pub(super) fn at(&self, error: Error) -> Error {
-        match &self.model {
-            Some(path) => error.at(path),
-            None => error,
-        }
-    }
 }
 
 impl ModelArgs {
@@ -112,7 +76,7 @@ impl ModelArgs {
 
     /// Has the system forget what it holds of the file in memory.
     pub(super) fn evict(&self) -> Result<()> {
-        let Some(path) = &self.file.model else {
+        let Some(path) = self.file.path()? else {
             bad_usage!("--cold: the built-in model has no file")
         };
         if Gguf::open(path)?.u32("split.count")?.is_some_and(|n| n > 1) {
@@ -126,13 +90,13 @@ impl ModelArgs {
         self.file.at(error)
     }
 
-    /// The file, unless it is the built-in one.
-    pub(super) fn path(&self) -> Option<&Path> {
-        self.file.model.as_deref()
+    /// The name of the file in reports, without its folders and without adapters.
+    pub(super) fn short_name(&self) -> String {
+        self.file.short_name()
     }
 
     pub(super) fn is_shipped(&self) -> bool {
-        self.file.model.is_none()
+        self.file.is_shipped()
     }
 }
 
@@ -545,14 +509,16 @@ impl RunArgs {
         Session::new(model, &self.options(Some(n_ctx), self.one_threads()?)?)
     }
 
-    fn one_threads(&self) -> Result<Threads> {
+    /// The numbers of threads, where one session is all there is.
+    pub(super) fn one_threads(&self) -> Result<Threads> {
         match self.threads()[..] {
             [n_threads] => Ok(n_threads),
             _ => bad_usage!("--threads: one number; only `bench` takes several"),
         }
     }
 
-    fn one_engine(&self) -> Result<Kind> {
+    /// The engine, where one session is all there is.
+    pub(super) fn one_engine(&self) -> Result<Kind> {
         match self.engine[..] {
             [kind] => Ok(kind),
             _ => bad_usage!("--engine: one; only `bench` takes several"),

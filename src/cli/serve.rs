@@ -1,7 +1,7 @@
 //! `qkov serve`: OpenAI's interface over HTTP, and a page, for many clients at once.
 
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -126,9 +126,7 @@ impl Serve {
 
     /// The model's name, and others it goes by.
     fn names(&self) -> (String, Vec<String>) {
-        let whole = self.run.model.name();
-        let path = Path::new(self.run.model.path().unwrap_or(Path::new(&whole)));
-        let file = path.file_name().map_or(whole.clone(), |n| n.to_string_lossy().into_owned());
+        let file = self.run.model.short_name();
         let file = file.split(" (").next().unwrap_or_default().to_string();
         let stem = file.strip_suffix(".gguf").unwrap_or(&file).to_string();
         match &self.alias {

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::Value;
 
 use super::Run;
-use super::options::FileArgs;
+use super::model_file::FileArgs;
 use super::terminal::{print, read_text};
 use crate::bad_usage;
 use crate::error::{Error, Result};

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::Run;
-use super::options::FileArgs;
+use super::model_file::FileArgs;
 use super::terminal::{note, print, print_json, read_text};
 use crate::error::{Result, escaped};
 use crate::token::Tokenizer;

@@ -30,16 +30,27 @@ const REPETITIONS: usize = 5;
 impl Limits {
     /// Measures with `n_threads` threads; the best of several runs counts.
     pub fn measure(n_threads: usize, pin: bool) -> Result<Limits> {
-        let team = Team::new(n_threads, pin)?;
+        Ok(Limits::measure_each([n_threads], pin)?[0])
+    }
+
+    /// The same for several numbers of threads, of one team.
+    pub fn measure_each<const N: usize>(counts: [usize; N], pin: bool) -> Result<[Limits; N]> {
+        let team = Team::new(counts.into_iter().max().unwrap_or(1), pin)?;
         let failed = |e| Error::Runtime(format!("no memory to measure its speed: {e}"));
         let mut memory = MmapMut::map_anon(READ_BYTES).map_err(failed)?;
         #[cfg(target_os = "linux")]
         let _ = memory.advise(memmap2::Advice::HugePage);
+        team.enter(team.n_threads(), |crew| {
+            let share = READ_BYTES / crew.n_threads();
+            crew.chunks(&mut memory, share, |_, _, part| part.fill(1));
+        });
+        Ok(counts.map(|n| Limits::of(&team, n, &memory)))
+    }
+
+    fn of(team: &Team, n_threads: usize, memory: &[u8]) -> Limits {
         let share = READ_BYTES / n_threads / (STREAMS * PIECE) * (STREAMS * PIECE);
         let mut limits = Limits { read_bytes: 0.0, int8_ops: 0.0 };
         team.enter(n_threads, |crew| {
-            crew.chunks(&mut memory, share, |_, _, part| part.fill(1));
-            let memory = &memory;
             for _ in 0..REPETITIONS {
                 let start = Instant::now();
                 crew.run(|thread| {
@@ -62,6 +73,6 @@ impl Limits {
                 limits.int8_ops = limits.int8_ops.max(ops / start.elapsed().as_secs_f64());
             }
         });
-        Ok(limits)
+        limits
     }
 }

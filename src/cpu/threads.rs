@@ -50,6 +50,13 @@ pub fn default_threads() -> usize {
     num_cpus::get_physical().min(num_cpus::get()).max(1)
 }
 
+/// Whether the system lets a thread stay on a core.
+pub fn can_pin() -> bool {
+    let pinned = || cores().first().is_some_and(|core| core_affinity::set_for_current(*core));
+    // On a thread of its own, so that this one stays free.
+    std::thread::spawn(pinned).join().unwrap_or(false)
+}
+
 impl Team {
     /// Starts `n` threads; with `pin`, each stays on a core of its own if there are as many.
     pub fn new(n: usize, pin: bool) -> Result<Team> {

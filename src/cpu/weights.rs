@@ -80,7 +80,10 @@ pub(super) struct Matrices {
 
 /// The matrices of a layer, in the order in which they are packed. `map`: what makes values, if they
 /// are not made of the layer's input.
-fn linears<'a>(l: &'a Layer, map: &'a Option<Linear>) -> impl Iterator<Item = &'a Linear> {
+pub(super) fn linears<'a>(
+    l: &'a Layer,
+    map: &'a Option<Linear>,
+) -> impl Iterator<Item = &'a Linear> {
     let v = map.as_ref().unwrap_or(&l.attn_v);
     let attention = [&l.attn_q, &l.attn_k, v, &l.attn_output].into_iter();
     let latent = l.latent.iter();
@@ -93,7 +96,7 @@ fn linears<'a>(l: &'a Layer, map: &'a Option<Linear>) -> impl Iterator<Item = &'
 /// What becomes of a weight: its layout, and the bytes of its packed copy; `None` for one that
 /// stays in the file, such as one with rows of half a block. `exact`: only layouts that lose nothing
 /// of the activations.
-fn packed(w: &Weight, exact: bool) -> Option<(usize, usize)> {
+pub(super) fn packed(w: &Weight, exact: bool) -> Option<(usize, usize)> {
     let whole = |i: &usize| w.n_in.is_multiple_of(LAYOUTS[*i].block_len);
     let i = layout_of(w.format).filter(whole).filter(|i| !(exact && LAYOUTS[*i].integer))?;
     Some((i, LAYOUTS[i].panel_bytes(w.n_in) * w.n_out.div_ceil(LANES)))

@@ -79,7 +79,7 @@ pub struct Session {
 }
 
 /// The context of a session in which so many tokens are asked for.
-fn context(model: &Model, asked: Option<usize>, warnings: &mut Vec<String>) -> Result<usize> {
+pub fn context(model: &Model, asked: Option<usize>, warnings: &mut Vec<String>) -> Result<usize> {
     let trained = model.hparams.n_ctx_train;
     let n_ctx = asked.unwrap_or(trained.min(DEFAULT_N_CTX));
     if n_ctx == 0 {

@@ -15,6 +15,7 @@ mod circuits;
 mod cli;
 mod compare;
 mod devices;
+mod doctor;
 mod embed;
 #[cfg(feature = "ggml")]
 mod engines;
@@ -43,7 +44,9 @@ mod sampler;
 mod scheduler;
 mod serve;
 mod sessions;
+mod shells;
 mod ships;
+mod stores;
 mod template;
 mod tiny;
 mod token;

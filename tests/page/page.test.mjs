@@ -86,6 +86,8 @@ async function fits(page) {
       .map((box) => box.className || box.tagName),
   );
   assert.deepEqual(wide, []);
+  // Nor may the header grow by a line that it has no room for.
+  assert.ok((await page.locator(".top").boundingBox()).height < 80);
 }
 
 test("the page comes with a policy that forbids all but itself", async () => {

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::header::{CONTENT_TYPE, HeaderValue};
 use axum::http::{Response, StatusCode};
 use serde_json::{Value, json};
 
-use super::failure::answer;
+use super::failure::{Answer, answer};
 use super::{App, metrics, sampling};
 use crate::mask::MASKS;
 use crate::merge::FORMS;
@@ -34,9 +34,20 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response<Body> {
 
 /// The one model that is here.
 pub(super) async fn models(State(app): State<Arc<App>>) -> Response<Body> {
-    let model =
-        json!({"id": app.id, "object": "model", "created": app.created, "owned_by": "qkov"});
-    answer(StatusCode::OK, &json!({"object": "list", "data": [model]}))
+    answer(StatusCode::OK, &json!({"object": "list", "data": [entry(&app)]}))
+}
+
+/// The model of this name.
+pub(super) async fn named(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+) -> Answer<Response<Body>> {
+    app.check_name(&name)?;
+    Ok(answer(StatusCode::OK, &entry(&app)))
+}
+
+fn entry(app: &App) -> Value {
+    json!({"id": app.id, "object": "model", "created": app.created, "owned_by": "qkov"})
 }
 
 /// What can be asked of the model.

@@ -19,8 +19,9 @@ const MAX_BYTES: usize = 256 << 10;
 const MAX_NAMES: usize = 1_000;
 /// Values in each other in a JSON schema at most.
 const MAX_DEPTH: usize = 100;
-/// White space between the tokens of JSON: a model that only writes blanks must come to an end.
-const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,64}";
+/// White space between the tokens of JSON: a blank, or a new line with its indentation, as people write
+/// it. A model that likes blanks must come to an end.
+const WHITE_SPACE: &str = r"\x20|\x0A[\x20\x09]{0,20}";
 
 /// What a text must follow.
 #[derive(Debug, Clone, PartialEq)]

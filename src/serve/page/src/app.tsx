@@ -41,7 +41,6 @@ function Meters() {
   const now = status.value;
   const speed = liveSpeed.value ?? now?.tokens_per_second ?? 0;
   if (!now) return <p class="meters">{modelFault.value && <span class="wrong">offline</span>}</p>;
-  const fullest = now.slots.reduce((most, slot) => Math.max(most, slot.n_tokens), 0);
   const used = now.slots.reduce((sum, slot) => sum + slot.n_tokens, 0);
   const about = now.slots.map((slot, i) => `slot ${i}: ${slot.n_tokens} of ${now.n_ctx} tokens${slot.busy ? ", busy" : ""}`);
   return (
@@ -51,11 +50,13 @@ function Meters() {
       </span>
       <span class="cache">
         <span>cache</span>
-        {now.slots.map((slot, i) => (
-          <meter key={i} class={slot.busy ? "busy" : undefined} min={0} max={now.n_ctx} value={slot.n_tokens} aria-label={`Cache of slot ${i}`} />
-        ))}
-        <b>{now.slots.length > 1 ? used : fullest}</b>
-        <span class="of">{now.slots.length > 1 ? "tokens" : `of ${now.n_ctx}`}</span>
+        <span class="slots" aria-hidden="true">
+          {now.slots.map((slot, i) => (
+            <i key={i} class={slot.busy ? "busy" : undefined} style={{ "--part": (slot.n_tokens / now.n_ctx).toFixed(3) }} />
+          ))}
+        </span>
+        <b>{used.toLocaleString("en")}</b>
+        <span class="of">{now.slots.length > 1 ? "tokens" : `of ${now.n_ctx.toLocaleString("en")}`}</span>
       </span>
       {now.queued > 0 && <span>{now.queued} waiting</span>}
     </p>

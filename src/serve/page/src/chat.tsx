@@ -39,9 +39,8 @@ function Reply({ message, last }: { message: Message; last: boolean }) {
         <h2>Model</h2>
         <Figures message={message} />
       </header>
-      <div class="prose">
+      <div class={message.live ? "prose live" : "prose"}>
         <Markdown text={message.content} />
-        {message.live && <span class="caret" />}
         {message.error && <Fault text={message.error} again={last ? regenerate : undefined} />}
         {!message.live && !message.content && !message.error && <p class="muted">The reply is empty.</p>}
       </div>

@@ -96,9 +96,8 @@ export function stopComparing() {
 function Words({ side, differ }: { side: 0 | 1; differ: boolean[] }) {
   const { pieces, live } = panes.value[side];
   return (
-    <div class="strip still">
+    <div class={live ? "strip live" : "strip"}>
       {pieces.map((piece, i) => (differ[i] ? <mark key={i}>{visible(piece)}</mark> : piece))}
-      {live && <span class="caret" />}
     </div>
   );
 }

@@ -13,6 +13,8 @@ export interface Parameter {
   name: string;
   default: unknown;
   about: string;
+  /** Which values, in words. */
+  allowed?: string;
 }
 
 export interface Entry {

@@ -86,6 +86,7 @@ const [one, two, three] = [fixed(1), fixed(2), fixed(3)];
 export function number(x: number): string {
   const size = Math.abs(x);
   if (size === 0) return "0";
+  if (size < 0.001) return x.toExponential(1);
   return size >= 100 ? Math.round(x).toLocaleString("en") : (size >= 10 ? one : size >= 1 ? two : three).format(x);
 }
 

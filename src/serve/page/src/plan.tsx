@@ -1,6 +1,6 @@
 // Choosing norm, form and mask: one entry with its parameters, or free text with selectors of layers and heads.
 import { useId, useState } from "preact/hooks";
-import type { Entry, Part, Plan } from "./contract";
+import type { Entry, Parameter, Part, Plan } from "./contract";
 import { model } from "./store";
 
 const PARTS: { part: Part; label: string; registry: "norms" | "forms" | "masks"; example: string }[] = [
@@ -34,18 +34,18 @@ function writeChoice({ entry, given }: Choice): string {
   return entry.name + (pairs.length ? `:${pairs.map(([key, value]) => `${key}=${value.trim()}`).join(",")}` : "");
 }
 
-function Parameters({ choice, onChange }: { choice: Choice; onChange: (text: string) => void }) {
-  if (!choice.entry.parameters.length) return null;
+function Rows({ choice, names, onChange }: { choice: Choice; names: Parameter[]; onChange: (text: string) => void }) {
   return (
-    <div class="parameters">
-      {choice.entry.parameters.map(({ name, about, default: usual }) => (
-        <label class="row">
+    <>
+      {names.map(({ name, about, allowed, default: usual }) => (
+        <label key={name} class="row">
           <span>
-            {name} <small>{about}</small>
+            {name} <small>{[about, allowed].filter(Boolean).join("; ")}</small>
           </span>
           <input
             type="text"
             inputMode="decimal"
+            spellcheck={false}
             value={choice.given[name] ?? ""}
             placeholder={usual === null || usual === undefined ? "" : String(usual)}
             onChange={(event) =>
@@ -54,6 +54,24 @@ function Parameters({ choice, onChange }: { choice: Choice; onChange: (text: str
           />
         </label>
       ))}
+    </>
+  );
+}
+
+/** Parameters of the entry; those that every entry of the registry has are folded away. */
+function Parameters({ choice, entries, onChange }: { choice: Choice; entries: Entry[]; onChange: (text: string) => void }) {
+  const everywhere = (name: string) => entries.every((entry) => entry.parameters.some((one) => one.name === name));
+  const common = choice.entry.parameters.filter(({ name }) => everywhere(name));
+  const own = choice.entry.parameters.filter(({ name }) => !everywhere(name));
+  return (
+    <div class="parameters">
+      <Rows choice={choice} names={own} onChange={onChange} />
+      {common.length > 0 && (
+        <details open={common.some(({ name }) => choice.given[name])}>
+          <summary>what all have</summary>
+          <Rows choice={choice} names={common} onChange={onChange} />
+        </details>
+      )}
     </div>
   );
 }
@@ -92,7 +110,7 @@ function PartPicker(props: { value: string; own: string; entries: Entry[]; label
           onChange={(event) => props.onChange(event.currentTarget.value.trim())}
         />
       ) : (
-        choice && <Parameters choice={choice} onChange={props.onChange} />
+        choice && choice.entry.parameters.length > 0 && <Parameters choice={choice} entries={props.entries} onChange={props.onChange} />
       )}
       <small id={note}>{free ? "selector=name:parameter=value; and so on" : choice?.entry.about}</small>
     </div>
