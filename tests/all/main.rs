@@ -42,6 +42,7 @@ mod quant;
 mod quantize;
 mod sampler;
 mod scheduler;
+mod serve;
 mod sessions;
 mod shells;
 mod ships;

@@ -3,7 +3,7 @@
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use hyper::server::conn::http1;
@@ -41,6 +41,8 @@ const MAX_HEAD: usize = 64 << 10;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Time for last words when the server ends.
 const LAST_TIME: Duration = Duration::from_millis(500);
+/// Time that the model may then take to end the step it is in; after it nobody waits for the model.
+const STEP_TIME: Duration = Duration::from_secs(5);
 
 /// How a server is set up.
 #[derive(Debug, Clone)]
@@ -260,7 +262,11 @@ impl Server {
         // What still waits for the model does not any more, and its thread ends.
         runtime.shutdown_timeout(LAST_TIME);
         app.handle.stop();
-        if thread.join().is_err() {
+        let start = Instant::now();
+        while !thread.is_finished() && start.elapsed() < STEP_TIME {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if thread.is_finished() && thread.join().is_err() {
             return Err(Error::Runtime("the model's thread failed".into()));
         }
         result
