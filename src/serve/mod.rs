@@ -6,5 +6,6 @@ pub mod job;
 mod scheduler;
 mod slot;
 mod task;
+pub mod tools;
 
 pub use scheduler::{Counters, Handle, Refused, SlotStatus, Status, start};

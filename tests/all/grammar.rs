@@ -10,16 +10,17 @@ use qkov::session::grammar::{Grammar, Part, Spec, Vocabulary};
 use qkov::token::Tokenizer;
 use serde_json::{Value, json};
 
+use crate::cli::{code_and_text, error, ok};
 use crate::token::vocabularies::{V, bpe, spm};
 
 /// A vocabulary with a token for each byte, and some longer ones.
-struct Bytes {
+pub struct Bytes {
     tokenizer: Tokenizer,
     vocabulary: Vocabulary,
 }
 
 impl Bytes {
-    fn new() -> Bytes {
+    pub fn new() -> Bytes {
         let tokenizer = spm().open();
         let vocabulary = Vocabulary::new(&tokenizer, tokenizer.n_vocab()).unwrap();
         Bytes { tokenizer, vocabulary }
@@ -59,7 +60,7 @@ impl Bytes {
         may_end
     }
 
-    fn check(&self, spec: &Spec, good: &[&str], bad: &[&str]) {
+    pub fn check(&self, spec: &Spec, good: &[&str], bad: &[&str]) {
         let grammar = self.grammar(spec);
         for text in good {
             assert!(self.follows(grammar.clone(), text), "{text:?} refused by {spec:?}");
@@ -247,6 +248,9 @@ fn hostile() -> Vec<(&'static str, Spec)> {
         ("doubling nothing", doubling(60, "\"\"")),
         ("doubling recursion", doubling(60, "\"a\" r60 | \"b\"")),
         ("chain", gbnf(&format!("root ::= r0\n{chain}r9000 ::= \"b\""))),
+        ("endless chain", gbnf(&format!("root ::= r0\n{chain}r9000 ::= \"b\" | r0"))),
+        ("short chain", gbnf(&format!("root ::= r6500\n{chain}r9000 ::= \"b\" | r6500"))),
+        ("plain words", gbnf(&format!("root ::= {}", words.join(" | ")))),
         ("words", gbnf(&format!("root ::= x\nx ::= (\"(\" x \")\" | {})", words.join(" | ")))),
         ("ambiguous", gbnf("root ::= root root | \"a\" | \"\"")),
         ("literal", gbnf(&format!("root ::= \"{}\"", "a".repeat(200_000)))),
@@ -286,6 +290,59 @@ fn ends_soon(bytes: &Bytes, cases: Vec<(&'static str, Spec)>) {
             assert!(line.len() < 400 && !line.contains('\n'), "{name}: {line}");
         }
     }
+}
+
+/// What the model that ships writes under a schema is complete and valid, even when it is hot.
+#[test]
+fn generated_text_is_valid() {
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "title": {"type": "string", "maxLength": 20},
+            "year": {"type": "integer", "minimum": 1800, "maximum": 1899},
+            "kind": {"enum": ["novel", "poem"]},
+            "words": {"type": "array", "items": {"type": "string", "maxLength": 9}, "maxItems": 3},
+        },
+        "required": ["title", "year", "kind", "words"],
+        "additionalProperties": false
+    });
+    let schema = schema.to_string();
+    for seed in 0..8 {
+        let seed = seed.to_string();
+        let args = ["generate", "-p", "Book: ", "--temp", "1.5", "--seed", &seed, "-n", "400"];
+        let text = ok(&[&args[..], &["--json-schema", &schema]].concat(), "");
+        let value: Value = serde_json::from_str(text.strip_prefix("Book: ").unwrap()).unwrap();
+        let fields = value.as_object().unwrap();
+        assert_eq!(fields.len(), 4, "{text}");
+        assert!(fields["title"].as_str().unwrap().chars().count() <= 20, "{text}");
+        assert!((1800..1900).contains(&fields["year"].as_i64().unwrap()), "{text}");
+        assert!(["novel", "poem"].contains(&fields["kind"].as_str().unwrap()), "{text}");
+        let words = fields["words"].as_array().unwrap();
+        assert!(words.len() <= 3 && words.iter().all(Value::is_string), "{text}");
+    }
+}
+
+#[test]
+fn the_command_line_takes_grammars() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    std::fs::write(file.path(), "root ::= (\"yes\" | \"no\") \".\"").unwrap();
+    let args = ["generate", "-p", "Is it? ", "--seed", "1"];
+    let text = ok(&[&args[..], &["--grammar", path]].concat(), "");
+    assert!(["Is it? yes.\n", "Is it? no.\n"].contains(&text.as_str()), "{text}");
+    let (code, text) = code_and_text(&[&args[..], &["--grammar", path, "-n", "0"]].concat());
+    assert_eq!(
+        (code, text.as_str()),
+        (0, "Is it? \nnote: the text ends before the grammar does\n")
+    );
+    std::fs::write(file.path(), "root ::= \"yes").unwrap();
+    let line = error(&[&args[..], &["--grammar", path]].concat(), 2);
+    assert_eq!(line, "error: grammar line 1: the \" at the end is missing\n");
+    std::fs::write(file.path(), "{\"type\": 5}").unwrap();
+    let line = error(&[&args[..], &["--json-schema", path]].concat(), 2);
+    assert!(line.starts_with("error: grammar: ") && line.lines().count() == 1, "{line}");
+    let line = error(&[&args[..], &["--json-schema", "{\"type\": "]].concat(), 2);
+    assert!(line.starts_with("error: JSON schema: EOF"), "{line}");
 }
 
 /// Control tokens are no text, even where their name is; ends come only where the grammar does.

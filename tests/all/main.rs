@@ -46,6 +46,7 @@ mod ships;
 mod template;
 mod tiny;
 mod token;
+mod tools;
 mod writer;
 
 use std::path::PathBuf;

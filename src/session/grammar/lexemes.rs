@@ -17,6 +17,11 @@ use crate::error::{Result, excerpt};
 
 /// Visits that building the automaton of a lexeme may take; a larger part is cut up.
 const MAX_VISITS: usize = 5_000;
+/// The same for a grammar that is not recursive, which is one lexeme.
+const MAX_ONE: usize = 200_000;
+/// Parts that a grammar may have outside of lexemes; the engine has room for eight times as many,
+/// and takes its time with them.
+const MAX_PARTS: usize = 8_000;
 /// Rounds of cutting; after the last, everything is cut up.
 const MAX_ROUNDS: usize = 40;
 /// Pairs of states that are looked at in all; when they are spent, all parts are cut up.
@@ -78,8 +83,11 @@ impl Lexemes {
     /// Cuts a grammar. Refuses rules that no text can follow.
     pub fn cut(mut rules: Rules) -> Result<Lexemes> {
         let sizes = sizes(&rules, &uses(&rules));
-        let small = |size: &Option<usize>| size.is_some_and(|n| n <= MAX_VISITS);
-        let mut whole = sizes.iter().map(small).collect();
+        let fits = |part: usize, max: usize| sizes[part].is_some_and(|n| n <= max);
+        let body = rules.bodies[rules.root];
+        // Nothing follows a text that is one lexeme.
+        let is_one = fits(body, MAX_ONE);
+        let mut whole = (0..sizes.len()).map(|part| fits(part, MAX_VISITS)).collect();
         join(&mut rules, &mut whole);
         // A rule is one lexeme wherever it is used, not one for every use.
         for (node, whole) in rules.nodes.iter().zip(&mut whole) {
@@ -93,14 +101,23 @@ impl Lexemes {
         }
         let follow = follow(&rules, &facts);
         let mut lexemes = Lexemes { rules, whole };
-        let mut n_pairs = 0;
-        for _ in 0..MAX_ROUNDS {
-            if !lexemes.cut_further(&facts, &follow, &mut n_pairs) {
-                return Ok(lexemes);
+        if is_one {
+            lexemes.whole[body] = true;
+            return Ok(lexemes);
+        }
+        let (mut n_rounds, mut n_pairs) = (0, 0);
+        while lexemes.cut_further(&facts, &follow, &mut n_pairs) {
+            n_rounds += 1;
+            if n_rounds == MAX_ROUNDS {
+                let is_char = |node: &Node| matches!(node, Node::Chars(_));
+                lexemes.whole = lexemes.rules.nodes.iter().map(is_char).collect();
+                break;
             }
         }
-        let is_char = |node: &Node| matches!(node, Node::Chars(_));
-        lexemes.whole = lexemes.rules.nodes.iter().map(is_char).collect();
+        let (_, n_parts) = lexemes.reached();
+        if n_parts > MAX_PARTS {
+            bad_usage!("grammar: {n_parts} parts that are not read as one; allowed {MAX_PARTS}");
+        }
         Ok(lexemes)
     }
 
@@ -109,7 +126,7 @@ impl Lexemes {
         let mut changed = false;
         let mut automata: Vec<Automaton> = Vec::new();
         let mut characters: HashMap<&[Range], usize> = HashMap::new();
-        for part in self.reached() {
+        for part in self.reached().0 {
             // The same character is often there many times.
             if let Node::Chars(ranges) = &self.rules.nodes[part] {
                 match characters.entry(ranges) {
@@ -138,8 +155,10 @@ impl Lexemes {
         changed
     }
 
-    /// The lexemes: whole parts that are not inside of others.
-    fn reached(&self) -> Vec<usize> {
+    /// The lexemes, whole parts that are not inside of others, and the number of parts that are
+    /// not inside of lexemes.
+    fn reached(&self) -> (Vec<usize>, usize) {
+        let mut n_parts = 0;
         let mut seen = vec![false; self.rules.nodes.len()];
         let mut found = Vec::new();
         let mut open = vec![self.rules.bodies[self.rules.root]];
@@ -147,13 +166,14 @@ impl Lexemes {
             if std::mem::replace(&mut seen[part], true) {
                 continue;
             }
+            n_parts += 1;
             if self.whole[part] {
                 found.push(part);
                 continue;
             }
             open.extend(children(&self.rules, part));
         }
-        found
+        (found, n_parts)
     }
 }
 
