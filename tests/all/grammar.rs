@@ -234,8 +234,11 @@ fn hostile() -> Vec<(&'static str, Spec)> {
         let rules: String = (0..n).map(|i| format!("r{i} ::= r{0} r{0}\n", i + 1)).collect();
         gbnf(&format!("root ::= r0\n{rules}r{n} ::= {last}"))
     };
-    let chain: String = (0..9_000).map(|i| format!("r{i} ::= \"a\" r{}\n", i + 1)).collect();
-    let words: Vec<String> = (0..9_000).map(|i| format!("\"word{i}\"")).collect();
+    let chain = |n: usize, end: &str| {
+        let rules: String = (0..n).map(|i| format!("r{i} ::= \"a\" r{}\n", i + 1)).collect();
+        gbnf(&format!("root ::= r0\n{rules}r{n} ::= {end}"))
+    };
+    let words = |n: usize| (0..n).map(|i| format!("\"word{i}\"")).collect::<Vec<_>>().join(" | ");
     vec![
         ("parentheses", gbnf(&format!("root ::= {}", "(".repeat(n)))),
         ("balanced", gbnf(&format!("root ::= {}\"a\"{}", "(".repeat(n), ")".repeat(n)))),
@@ -247,15 +250,20 @@ fn hostile() -> Vec<(&'static str, Spec)> {
         ("doubling", doubling(60, "\"a\"")),
         ("doubling nothing", doubling(60, "\"\"")),
         ("doubling recursion", doubling(60, "\"a\" r60 | \"b\"")),
-        ("chain", gbnf(&format!("root ::= r0\n{chain}r9000 ::= \"b\""))),
-        ("endless chain", gbnf(&format!("root ::= r0\n{chain}r9000 ::= \"b\" | r0"))),
-        ("short chain", gbnf(&format!("root ::= r6500\n{chain}r9000 ::= \"b\" | r6500"))),
-        ("plain words", gbnf(&format!("root ::= {}", words.join(" | ")))),
-        ("words", gbnf(&format!("root ::= x\nx ::= (\"(\" x \")\" | {})", words.join(" | ")))),
+        ("chain", chain(9_000, "\"b\"")),
+        ("shorter chain", chain(6_000, "\"b\"")),
+        ("endless chain", chain(6_000, "\"b\" | r0")),
+        ("shorter endless chain", chain(1_500, "\"b\" | r0")),
+        ("words", gbnf(&format!("root ::= {}", words(9_000)))),
+        ("fewer words", gbnf(&format!("root ::= {}", words(2_500)))),
+        ("words that nest", gbnf(&format!("root ::= \"(\" root \")\" | {}", words(2_500)))),
+        ("few words that nest", gbnf(&format!("root ::= \"(\" root \")\" | {}", words(400)))),
         ("ambiguous", gbnf("root ::= root root | \"a\" | \"\"")),
         ("literal", gbnf(&format!("root ::= \"{}\"", "a".repeat(200_000)))),
+        ("shorter literal", gbnf(&format!("root ::= \"{}\"", "a".repeat(25_000)))),
         ("literals", gbnf(&format!("root ::= {}", "\"a\" ".repeat(n)))),
         ("choices", gbnf(&format!("root ::= {}\"b\"", "\"a\" | ".repeat(n / 2)))),
+        ("fewer options", gbnf(&format!("root ::= {}", "[a-z]? ".repeat(5_000)))),
         ("options", gbnf(&format!("root ::= {}", "[a-z]? ".repeat(n / 2)))),
         ("classes", gbnf(&format!("root ::= [{}]", "a-z".repeat(n)))),
     ]
@@ -389,6 +397,16 @@ fn special_tokens_are_no_text() {
     });
     assert!(grammar.is_over());
     assert!(grammar.restrict(&mut [0.0; 3]).is_err(), "of another length");
+}
+
+/// A server makes grammars in one thread and uses them in others.
+#[test]
+fn grammars_go_to_other_threads() {
+    fn is_send<T: Send>() {}
+    fn is_sync<T: Sync>() {}
+    is_send::<Grammar>();
+    is_send::<Vocabulary>();
+    is_sync::<Vocabulary>();
 }
 
 #[test]

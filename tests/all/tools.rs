@@ -19,7 +19,11 @@ fn weather() -> Value {
                 "required": ["city"]
             }
         }},
-        {"type": "function", "function": {"name": "get_time"}}
+        {"type": "function", "function": {
+            "name": "get_time",
+            "description": "The time",
+            "parameters": {"type": "object", "properties": {}}
+        }}
     ])
 }
 
@@ -291,6 +295,8 @@ fn requests_that_are_none() {
     assert!(of_tools(named("a b")).contains("\"a b\"; allowed 1 to 64"));
     assert!(of_tools(named("\"}")).starts_with("tools[0].function.name"));
     assert!(of_tools(named(&"x".repeat(65))).starts_with("tools[0].function.name"));
+    let nothing = json!({"properties": {}, "additionalProperties": false, "type": "object"});
+    assert_eq!(tools(&named("f")).unwrap(), [Tool { name: "f".into(), parameters: nothing }]);
     let list = tools(&weather()).unwrap();
     let choice = |value: Value| Choice::read(&value, &list);
     assert_eq!(choice(Value::Null).unwrap(), Choice::Auto);

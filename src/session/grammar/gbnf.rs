@@ -10,6 +10,8 @@ use crate::error::{Result, excerpt};
 
 /// Longest text in bytes.
 const MAX_BYTES: usize = 256 << 10;
+/// Most parts of rules, a character of a text being one.
+const MAX_NODES: usize = 30_000;
 /// Parentheses in each other at most.
 const MAX_DEPTH: usize = 100;
 /// Repetitions of repetitions at most.
@@ -60,6 +62,9 @@ impl Rules {
         while parser.peek().is_some() {
             parser.rule()?;
             parser.space(true);
+        }
+        if parser.nodes.len() > MAX_NODES {
+            bad_usage!("grammar: {} parts of rules; allowed {MAX_NODES}", parser.nodes.len());
         }
         let mut bodies = Vec::new();
         for (name, (body, line)) in parser.names.iter().zip(&parser.rules) {

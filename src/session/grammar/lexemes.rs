@@ -18,14 +18,14 @@ use crate::error::{Result, excerpt};
 /// Visits that building the automaton of a lexeme may take; a larger part is cut up.
 const MAX_VISITS: usize = 5_000;
 /// The same for a grammar that is not recursive, which is one lexeme.
-const MAX_ONE: usize = 200_000;
+const MAX_ONE: usize = 30_000;
 /// Parts that a grammar may have outside of lexemes; the engine has room for eight times as many,
 /// and takes its time with them.
 const MAX_PARTS: usize = 8_000;
 /// Rounds of cutting; after the last, everything is cut up.
 const MAX_ROUNDS: usize = 40;
 /// Pairs of states that are looked at in all; when they are spent, all parts are cut up.
-const MAX_PAIRS: usize = 3_000_000;
+const MAX_PAIRS: usize = 1_000_000;
 /// Repetitions up to this number are counted; more are taken for any number.
 const MAX_COUNTED: u32 = 8;
 
@@ -106,27 +106,32 @@ impl Lexemes {
             return Ok(lexemes);
         }
         let (mut n_rounds, mut n_pairs) = (0, 0);
-        while lexemes.cut_further(&facts, &follow, &mut n_pairs) {
+        while lexemes.cut_further(&facts, &follow, &mut n_pairs)? {
             n_rounds += 1;
-            if n_rounds == MAX_ROUNDS {
+            if n_rounds == MAX_ROUNDS || n_pairs > MAX_PAIRS {
                 let is_char = |node: &Node| matches!(node, Node::Chars(_));
                 lexemes.whole = lexemes.rules.nodes.iter().map(is_char).collect();
-                break;
             }
-        }
-        let (_, n_parts) = lexemes.reached();
-        if n_parts > MAX_PARTS {
-            bad_usage!("grammar: {n_parts} parts that are not read as one; allowed {MAX_PARTS}");
         }
         Ok(lexemes)
     }
 
-    /// Cuts up every lexeme that could take too much. False if there was none.
-    fn cut_further(&mut self, facts: &[Facts], follow: &[Bytes], n_pairs: &mut usize) -> bool {
+    /// Cuts up every lexeme that could take too much. False if there was none. Refuses a grammar in
+    /// too many parts.
+    fn cut_further(
+        &mut self,
+        facts: &[Facts],
+        follow: &[Bytes],
+        n_pairs: &mut usize,
+    ) -> Result<bool> {
+        let (lexemes, n_parts) = self.reached();
+        if n_parts > MAX_PARTS {
+            bad_usage!("grammar: {n_parts} parts that are not read as one; allowed {MAX_PARTS}");
+        }
         let mut changed = false;
         let mut automata: Vec<Automaton> = Vec::new();
         let mut characters: HashMap<&[Range], usize> = HashMap::new();
-        for part in self.reached().0 {
+        for part in lexemes {
             // The same character is often there many times.
             if let Node::Chars(ranges) = &self.rules.nodes[part] {
                 match characters.entry(ranges) {
@@ -152,7 +157,7 @@ impl Lexemes {
                 changed = true;
             }
         }
-        changed
+        Ok(changed)
     }
 
     /// The lexemes, whole parts that are not inside of others, and the number of parts that are

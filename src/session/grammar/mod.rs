@@ -105,10 +105,11 @@ fn limits() -> ParserLimits {
     ParserLimits {
         // A grammar that is read by characters looks at every byte of most tokens.
         step_max_items: 500_000,
-        step_lexer_fuel: 1_000_000,
         // A kilobyte or two for each.
         max_lexer_states: 50_000,
         max_grammar_size: 200_000,
+        // Takes seconds where lexemes are long, and saves a mask a few milliseconds.
+        precompute_large_lexemes: false,
         verbose_errors: false,
         ..ParserLimits::default()
     }

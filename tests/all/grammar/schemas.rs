@@ -104,11 +104,15 @@ fn schemas_that_are_none() {
     }
 }
 
+/// Lists of lists, made without copying them again and again.
+fn deep(n: usize) -> Value {
+    (0..n).fold(Value::Bool(true), |inner, _| {
+        let fields = [("type", Value::from("array")), ("items", inner)];
+        Value::Object(fields.map(|(name, value)| (name.to_string(), value)).into_iter().collect())
+    })
+}
+
 fn hostile() -> Vec<(&'static str, Spec)> {
-    let deep = |n: usize| {
-        let wrap = |inner, _| json!({"type": "array", "items": inner});
-        (0..n).fold(json!({"type": "null"}), wrap)
-    };
     let chain: Value = (0..5000)
         .map(|i| (format!("d{i}"), json!({"$ref": format!("#/$defs/d{}", i + 1)})))
         .chain([("d5000".to_string(), json!({"type": "null"}))])
@@ -188,7 +192,7 @@ fn deep_schemas_are_refused() {
     on_large_stack(|| {
         let bytes = Bytes::new();
         let refused = "JSON schema: more than 100 values in each other";
-        assert_eq!(bytes.refused(&hostile()[1].1), refused);
-        assert!(Grammar::new(&bytes.vocabulary, &hostile()[0].1).is_ok());
+        assert_eq!(bytes.refused(&schema(deep(5000))), refused);
+        assert!(Grammar::new(&bytes.vocabulary, &schema(deep(90))).is_ok());
     });
 }
