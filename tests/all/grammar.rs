@@ -260,6 +260,7 @@ fn hostile() -> Vec<(&'static str, Spec)> {
         ("few words that nest", gbnf(&format!("root ::= \"(\" root \")\" | {}", words(400)))),
         ("ambiguous", gbnf("root ::= root root | \"a\" | \"\"")),
         ("literal", gbnf(&format!("root ::= \"{}\"", "a".repeat(200_000)))),
+        ("a page", gbnf(&format!("root ::= \"{}\"", "a".repeat(3_000)))),
         ("shorter literal", gbnf(&format!("root ::= \"{}\"", "a".repeat(25_000)))),
         ("literals", gbnf(&format!("root ::= {}", "\"a\" ".repeat(n)))),
         ("choices", gbnf(&format!("root ::= {}\"b\"", "\"a\" | ".repeat(n / 2)))),

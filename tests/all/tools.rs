@@ -35,7 +35,8 @@ fn conversation() -> Value {
             "id": "abcdef123", "type": "function",
             "function": {"name": "get_weather", "arguments": "{\"city\": \"Par\\\"is {\", \"days\": 2}"}
         }]},
-        {"role": "tool", "tool_call_id": "abcdef123", "content": "rain"},
+        {"role": "tool", "tool_call_id": "abcdef123", "content": "hail"},
+        {"role": "assistant", "content": "It rains."},
         {"role": "user", "content": [{"type": "text", "text": "Thank "}, {"type": "text", "text": "you"}]}
     ])
 }
@@ -169,7 +170,7 @@ fn calls_that_templates_write_are_read_and_allowed() {
         assert_eq!(function, "get_weather");
         let arguments: Value = serde_json::from_str(arguments).unwrap();
         assert_eq!(arguments, json!({"city": "Par\"is {", "days": 2}), "{name}");
-        assert!(text.contains("rain") && text.ends_with("Thank you"), "{text}");
+        assert!(text.contains("hail") && text.ends_with("Thank you"), "{text}");
         // Ids are what this program adds, not the model.
         let forced = reply.trim().replace("\"tool_call_id\": \"0\", ", "");
         let forced =
@@ -356,7 +357,7 @@ fn formats_of_real_templates() {
         assert_eq!(found.name, expected, "{name}");
         let text = render(&source, &messages).unwrap();
         assert!(text.contains("The weather of a place"), "{name} does not tell of tools");
-        assert!(text.contains("rain"), "{name} does not tell of results");
+        assert!(text.contains("hail"), "{name} does not tell of results");
         // Granite's template writes no calls of earlier turns.
         let Some(at) = text.rfind("Par\\\"is") else {
             assert_eq!(expected, "granite");
@@ -366,7 +367,7 @@ fn formats_of_real_templates() {
             Some(open) if found.is_parallel() => text[..at].rfind(open).unwrap(),
             _ => text[..at].rfind("{\"name\"").unwrap(),
         };
-        let after = at + text[at..].find("rain").unwrap();
+        let after = at + text[at..].find("hail").unwrap();
         let read = read_all_ways(found, &text[before..after]);
         assert_eq!(read.calls.len(), 1, "{name}: {read:?}");
         let arguments: Value = serde_json::from_str(&read.calls[0].1).unwrap();

@@ -19,6 +19,9 @@ use crate::error::{Result, excerpt};
 const MAX_VISITS: usize = 5_000;
 /// The same for a grammar that is not recursive, which is one lexeme.
 const MAX_ONE: usize = 30_000;
+/// Characters in the longest words of a lexeme, many repetitions apart; the engine's time grows with
+/// their square.
+const MAX_CHARS: usize = 2_000;
 /// Parts that a grammar may have outside of lexemes; the engine has room for eight times as many,
 /// and takes its time with them.
 const MAX_PARTS: usize = 8_000;
@@ -83,7 +86,9 @@ impl Lexemes {
     /// Cuts a grammar. Refuses rules that no text can follow.
     pub fn cut(mut rules: Rules) -> Result<Lexemes> {
         let sizes = sizes(&rules, &uses(&rules));
-        let fits = |part: usize, max: usize| sizes[part].is_some_and(|n| n <= max);
+        let fits = |part: usize, max: usize| {
+            sizes[part].is_some_and(|s| s.n_visits <= max && s.n_chars <= MAX_CHARS)
+        };
         let body = rules.bodies[rules.root];
         // Nothing follows a text that is one lexeme.
         let is_one = fits(body, MAX_ONE);
@@ -192,21 +197,38 @@ fn children(rules: &Rules, part: usize) -> Vec<usize> {
     }
 }
 
-/// What building the automaton of each part takes, where no rule in it leads back to itself.
-fn sizes(rules: &Rules, uses: &[Vec<usize>]) -> Vec<Option<usize>> {
+/// What building the automaton of a part takes, and characters in its longest words, or more.
+#[derive(Clone, Copy)]
+struct Size {
+    n_visits: usize,
+    n_chars: usize,
+}
+
+/// The sizes of parts in which no rule leads back to itself.
+fn sizes(rules: &Rules, uses: &[Vec<usize>]) -> Vec<Option<Size>> {
     let children: Vec<_> = (0..uses.len()).map(|part| children(rules, part)).collect();
     let mut n_left: Vec<usize> = children.iter().map(Vec::len).collect();
     let mut open: Vec<usize> = (0..uses.len()).filter(|part| n_left[*part] == 0).collect();
-    let mut sizes = vec![None; uses.len()];
+    let mut sizes: Vec<Option<Size>> = vec![None; uses.len()];
     // A part is done when its own are, and what leads back to itself never is.
     while let Some(part) = open.pop() {
         let times = match rules.nodes[part] {
             Node::Repeat(_, min, max) => max.unwrap_or(min).clamp(1, MAX_COUNTED) as usize,
             _ => 1,
         };
-        let inner = children[part].iter().filter_map(|child| sizes[*child]);
-        let inner = inner.fold(0, usize::saturating_add);
-        sizes[part] = Some(inner.saturating_mul(times).saturating_add(1));
+        let (mut n_visits, mut n_chars) = (0usize, 0usize);
+        for inner in children[part].iter().filter_map(|child| sizes[*child]) {
+            n_visits = n_visits.saturating_add(inner.n_visits);
+            n_chars = match rules.nodes[part] {
+                Node::Choice(_) => n_chars.max(inner.n_chars),
+                _ => n_chars.saturating_add(inner.n_chars),
+            };
+        }
+        if let Node::Chars(_) = rules.nodes[part] {
+            n_chars = 1;
+        }
+        let n_visits = n_visits.saturating_mul(times).saturating_add(1);
+        sizes[part] = Some(Size { n_visits, n_chars: n_chars.saturating_mul(times) });
         for user in &uses[part] {
             n_left[*user] -= 1;
             open.extend((n_left[*user] == 0).then_some(*user));
