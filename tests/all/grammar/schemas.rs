@@ -79,9 +79,15 @@ fn texts_follow_their_schema() {
 #[test]
 fn white_space_ends() {
     let bytes = Bytes::new();
-    let text = |n| format!("{{{}}}", " ".repeat(n));
-    assert!(bytes.accepts(&Spec::JsonObject, &text(64)));
-    assert!(!bytes.accepts(&Spec::JsonObject, &text(65)));
+    for (blanks, is_allowed) in
+        [("", true), (" ", true), ("\n", true), ("\n  ", true), ("  ", false), ("\n\n", false)]
+    {
+        let text = format!("{{{blanks}}}");
+        assert_eq!(bytes.accepts(&Spec::JsonObject, &text), is_allowed, "{text:?}");
+    }
+    let text = |n| format!("{{\n{}}}", " ".repeat(n));
+    assert!(bytes.accepts(&Spec::JsonObject, &text(20)));
+    assert!(!bytes.accepts(&Spec::JsonObject, &text(21)));
 }
 
 #[test]
