@@ -209,8 +209,8 @@ fn memory(server: &Server) {
 
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let parts: [(&str, fn(&Server)); 3] =
-        [("streams", streams), ("gone", gone), ("memory", memory)];
+    type Part = fn(&Server);
+    let parts: [(&str, Part); 3] = [("streams", streams), ("gone", gone), ("memory", memory)];
     for (name, part) in parts {
         if wanted.is_empty() || wanted.iter().any(|w| w == name) {
             part(&Server::start());

@@ -200,7 +200,7 @@ mod tests {
             let layers = std::iter::once(geometry.clone());
             let mut cache = KvCache::new(layers, 32, (ty, ty)).unwrap();
             let team = Team::new(1, false).unwrap();
-            team.enter(1, |crew| cache.store(crew, 0, 0, &rows, &[]));
+            team.enter(1, |crew| cache.store(Some(crew), (0, 0), &rows, &[]));
             let whole = ty.whole(dim);
             for (position, row) in rows.chunks(dim).enumerate() {
                 // The second part begins with a whole block.

@@ -89,10 +89,8 @@ impl Task for Compares {
         if self.answer.is_closed() {
             return true;
         }
-        match self.pair.step(pool, &mut |scored| self.answer.send(Ok(scored)).is_ok()) {
-            Ok(over) => over,
-            Err(e) => self.answer.send(Err(e)).is_err() || true,
-        }
+        let step = self.pair.step(pool, &mut |scored| self.answer.send(Ok(scored)).is_ok());
+        tell(&self.answer, step).unwrap_or(true)
     }
 }
 

@@ -7,7 +7,7 @@ import unittest
 from typing import Literal
 
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from server import post, serve
 
@@ -16,6 +16,7 @@ ASK = [{"role": "user", "content": "Write a passage about the sea."}]
 
 
 class Mood(BaseModel):
+    model_config = ConfigDict(extra="forbid")
     mood: Literal["calm", "wild"]
     waves: bool
 

@@ -16,7 +16,7 @@ pub(super) struct Failure {
     message: String,
     param: Option<String>,
     code: Option<&'static str>,
-    header: Option<(HeaderName, HeaderValue)>,
+    header: Option<Box<(HeaderName, HeaderValue)>>,
 }
 
 /// What a handler gives.
@@ -51,7 +51,7 @@ impl Failure {
 
     /// Adds a header.
     pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> Failure {
-        self.header = Some((name, value));
+        self.header = Some(Box::new((name, value)));
         self
     }
 
@@ -111,7 +111,8 @@ pub(super) fn lost() -> Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response<Body> {
         let mut response = answer(self.status, &self.json());
-        if let Some((name, value)) = self.header {
+        if let Some(header) = self.header {
+            let (name, value) = *header;
             response.headers_mut().insert(name, value);
         }
         response

@@ -141,10 +141,7 @@ mod tests {
     #[test]
     fn no_more_is_held_back_than_may_become_a_stop() {
         let mut stops = Stops::new(&["END".into()]);
-        let mut push = |text: &str| stops.push(text.into()).text;
-        assert_eq!(
-            ["aE", "N", "ENx", "E", "Q"].map(|text| push(text)),
-            ["a", "", "ENENx", "", "EQ"]
-        );
+        let push = |text: &str| stops.push(text.into()).text;
+        assert_eq!(["aE", "N", "ENx", "E", "Q"].map(push), ["a", "", "ENENx", "", "EQ"]);
     }
 }
