@@ -5,10 +5,11 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::Request;
-use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
 use axum::http::{HeaderMap, StatusCode};
+use http_body_util::BodyExt;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
@@ -17,6 +18,8 @@ use crate::error::excerpt;
 
 /// Time that a body may take to arrive.
 const MAX_TIME: Duration = Duration::from_secs(30);
+/// Bytes behind the limit that are read to be thrown away.
+const MAX_DISCARDED: usize = 64 << 20;
 
 /// The fields of an object that have not been looked at.
 pub(super) struct Fields {
@@ -52,26 +55,31 @@ fn check_headers(headers: &HeaderMap, limit: usize) -> Answer<()> {
         let found = excerpt(encoding);
         return Err(unsupported(format!("content-encoding = \"{found}\"; none is supported")));
     }
-    match text(CONTENT_LENGTH).and_then(|n| n.parse::<u64>().ok()) {
-        Some(n) if n > limit as u64 => Err(too_large(limit)),
-        _ => Ok(()),
+    let n = text(CONTENT_LENGTH).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+    let waits = headers.contains_key(EXPECT);
+    if n > limit as u64 && (waits || n > (limit + MAX_DISCARDED) as u64) {
+        return Err(too_large(limit));
     }
+    Ok(())
 }
 
-async fn collect(body: Body, limit: usize) -> Answer<Vec<u8>> {
-    match to_bytes(body, limit).await {
-        Ok(bytes) => Ok(bytes.into()),
-        Err(e) => {
-            let mut cause: Option<&dyn std::error::Error> = Some(&e);
-            while let Some(inner) = cause {
-                if inner.is::<http_body_util::LengthLimitError>() {
-                    return Err(too_large(limit));
-                }
-                cause = inner.source();
-            }
-            Err(Failure::invalid("the body broke off"))
+/// The bytes of a body. One that is too large is read all the same, up to a point: many clients only look
+/// for an answer when they have sent everything.
+async fn collect(mut body: Body, limit: usize) -> Answer<Vec<u8>> {
+    let (mut bytes, mut n) = (Vec::new(), 0);
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| Failure::invalid("the body broke off"))?;
+        let data = frame.data_ref().map_or(&[][..], |data| &data[..]);
+        n += data.len();
+        match n <= limit {
+            true => bytes.extend_from_slice(data),
+            false => bytes = Vec::new(),
+        }
+        if n > limit + MAX_DISCARDED {
+            break;
         }
     }
+    if n > limit { Err(too_large(limit)) } else { Ok(bytes) }
 }
 
 fn too_large(limit: usize) -> Failure {

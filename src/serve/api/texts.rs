@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::watch;
+use tokio::time::sleep;
 
 use super::App;
 use super::failure::{Answer, Failure, lost};
@@ -16,6 +17,9 @@ use crate::error::Error;
 use crate::serve::Refused;
 use crate::serve::job::{End, Event, Generation, Job, Logprobs};
 use crate::token::StreamDecoder;
+
+/// Time after which a text that found no room in the queue tries again, if none of its request runs.
+const AGAIN_TIME: Duration = Duration::from_millis(20);
 
 /// Why a text ended, as OpenAI's clients know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -64,6 +68,9 @@ pub(super) struct Texts {
     /// Those that are not yet in the queue.
     waiting: VecDeque<(usize, Generation)>,
     active: Vec<Text>,
+    /// Those that will not be begun, because the server ends.
+    late: Vec<usize>,
+    has_begun: bool,
     stops: Stops,
     /// Control tokens that are seen as text.
     controls: Arc<[u32]>,
@@ -101,6 +108,8 @@ impl Texts {
             app: app.clone(),
             waiting: generations.into_iter().enumerate().collect(),
             active: Vec::new(),
+            late: Vec::new(),
+            has_begun: false,
             stops,
             controls: controls.into(),
             phase: app.phase.clone(),
@@ -118,15 +127,20 @@ impl Texts {
             && let Some((index, generation)) = self.waiting.pop_front()
         {
             let (sender, events) = unbounded_channel();
-            let again = (!self.active.is_empty()).then(|| again(&generation)).flatten();
+            let again = self.has_begun.then(|| again(&generation)).flatten();
             match (self.app.handle.submit(Job::Generate(Box::new(generation), sender)), again) {
                 (Ok(()), _) => self.active.push(Text::new(index, events, self.stops.clone())),
                 (Err(Refused::Full { .. }), Some(generation)) => {
                     self.waiting.push_front((index, generation));
                     break;
                 }
+                (Err(Refused::Stopping), _) if self.has_begun => {
+                    self.late.push(index);
+                    self.late.extend(self.waiting.drain(..).map(|(index, _)| index));
+                }
                 (Err(refused), _) => return Err(refused.into()),
             }
+            self.has_begun = true;
         }
         Ok(())
     }
@@ -145,7 +159,11 @@ impl Texts {
                 return news;
             }
             let mut phase = self.phase.clone();
+            let has_none = self.active.is_empty();
             tokio::select! {
+                () = sleep(AGAIN_TIME), if has_none => if let Err(failure) = self.submit() {
+                    return Some(Err(failure));
+                },
                 news = std::future::poll_fn(|cx| self.poll(cx)) => return news,
                 // Without a server there is nobody to write for.
                 changed = phase.changed() => if changed.is_err() { return self.cut() },
@@ -163,6 +181,9 @@ impl Texts {
     }
 
     fn poll(&mut self, cx: &mut Context) -> Poll<Option<Answer<(usize, News)>>> {
+        if let Some(index) = self.late.pop() {
+            return Poll::Ready(Some(Ok((index, not_begun()))));
+        }
         if self.active.is_empty() && self.waiting.is_empty() {
             return Poll::Ready(None);
         }
@@ -190,10 +211,15 @@ impl Texts {
         if let Some(mut text) = self.active.pop() {
             return Some(Ok((text.index, text.end(&self.app, Reason::Length))));
         }
-        let (index, _) = self.waiting.pop_front()?;
-        let news = News::Ended(String::new(), Vec::new(), Reason::Length, Cost::default());
-        Some(Ok((index, news)))
+        let waiting = self.waiting.pop_front().map(|(index, _)| index);
+        let index = waiting.or_else(|| self.late.pop())?;
+        Some(Ok((index, not_begun())))
     }
+}
+
+/// The end of a text of which nothing was written.
+fn not_begun() -> News {
+    News::Ended(String::new(), Vec::new(), Reason::Length, Cost::default())
 }
 
 /// The same text to write once more; none with a grammar, which is at its place in a text.

@@ -64,10 +64,11 @@ fn who_goes_away_frees_a_slot() {
 
 #[test]
 fn running_texts_end_with_the_server() {
-    let server = run(Settings { drain_time: Duration::from_millis(50), ..settings() });
+    let drain_time = Duration::from_millis(300);
+    let server = run(Settings { drain_time, n_slots: 2, ..settings() });
     let address = server.address;
     let mut body = endless();
-    body["n"] = 16.into();
+    body["n"] = 40.into();
     let mut events = super::Events::open(address, "/v1/completions", &body);
     events.next().unwrap();
     server.stopper.stop();
@@ -76,12 +77,14 @@ fn running_texts_end_with_the_server() {
     assert_eq!((refused.status, &refused.json()["error"]["code"]), (503, &"stopping".into()));
     let all: Vec<String> = events.collect();
     assert_eq!(all.last().unwrap(), "[DONE]");
-    let reasons = all[..all.len() - 1].iter().filter_map(|data| {
+    let ends = all[..all.len() - 1].iter().filter_map(|data| {
         let chunk: Value = serde_json::from_str(data).unwrap();
-        chunk["choices"][0]["finish_reason"].as_str().map(String::from)
+        (chunk["choices"][0]["finish_reason"] == "length").then_some(chunk)
     });
-    let reasons: Vec<String> = reasons.collect();
-    assert_eq!(reasons, vec!["length"; 16]);
+    let lengths = ends.map(|chunk| chunk["timings"]["predicted_n"].as_u64().unwrap());
+    let lengths: Vec<u64> = lengths.collect();
+    assert_eq!(lengths.len(), 40);
+    assert!(lengths.iter().any(|n| *n < 200), "{lengths:?}");
     let start = Instant::now();
     server.end();
     assert!(start.elapsed() < Duration::from_secs(3));
@@ -91,7 +94,7 @@ fn running_texts_end_with_the_server() {
 fn program(more: &[&str]) -> (Child, SocketAddr) {
     let model = family::path("softmax");
     let mut child = Command::new(env!("CARGO_BIN_EXE_qkov"))
-        .args(["serve", "--port", "0", "-c", "256", "-t", "1", "--no-pin", "-m"])
+        .args(["serve", "--port", "0", "-c", "4096", "-t", "1", "--no-pin", "-m"])
         .arg(model)
         .args(more)
         .stderr(Stdio::piped())
@@ -132,8 +135,7 @@ fn a_signal_ends_the_program() {
 #[cfg(unix)]
 fn a_second_signal_ends_it_at_once() {
     let (mut child, address) = program(&["--parallel", "2"]);
-    let mut body = endless();
-    body["n"] = 100.into();
+    let body = greedy("The", 4000);
     let mut events = super::Events::open(address, "/v1/completions", &body);
     events.next().unwrap();
     signal(&child, "-TERM");

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::http::{Response, get, post, post_bytes, raw, request};
-use super::{begun, endless, run, settings, shared};
+use super::{endless, run, settings, shared};
 use crate::family;
 use qkov::serve::api::Settings;
 
@@ -63,7 +63,7 @@ fn a_wrong_field_is_named() {
         (TEXT, "prompt", json!([[1], []]), "is needed"),
         (TEXT, "prompt", json!(["a", 1]), "is needed"),
         (TEXT, "stream_options", json!({"include_usage": true}), "without \"stream\""),
-        (TEXT, "grammar", json!("root ::= "), "grammar"),
+        (TEXT, "grammar", json!("root = x"), "grammar"),
         (TEXT, "grammar", json!("(".repeat(60_000)), "grammar"),
         (TEXT, "n_discard", json!(-1), "unknown field"),
         (TEXT, "qkov", json!({"norm": "magic"}), "not known"),
@@ -167,6 +167,11 @@ fn every_refusal_has_its_status_and_code() {
     assert_eq!(ask("POST", &[json], b"{\"prompt\": \"a\", \"max_tokens\": 1}").status, 200);
     let large = vec![b' '; (8 << 20) + 1];
     code(&ask("POST", &[json], &large), 413, Value::Null);
+    // Who asks first is told before it sends anything.
+    let expect = format!(
+        "POST {TEXT} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\nContent-Length: 9000000\r\nExpect: 100-continue\r\n\r\n"
+    );
+    code(&raw(address, expect.as_bytes()), 413, Value::Null);
     let head = raw(address, &request(address, ("HEAD", "/health"), &[], b""));
     assert_eq!((head.status, &head.body[..]), (200, ""));
 }
@@ -227,7 +232,11 @@ fn a_key_is_asked_for() {
 fn a_full_queue_says_when_to_come_again() {
     let server = run(Settings { n_slots: 1, n_queue: 1, ..settings() });
     let address = server.address;
-    let running = begun(address);
+    // One text after the other, so that one of them or the other request always waits.
+    let mut body = endless();
+    body["n"] = 10.into();
+    let mut running = super::Events::open(address, TEXT, &body);
+    running.next().unwrap();
     let waiting = super::Events::open(address, TEXT, &endless());
     super::ends::until(|| get(address, "/qkov/status").json()["queued"] == 1);
     let response = post(address, TEXT, &endless());
