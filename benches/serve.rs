@@ -194,14 +194,22 @@ fn memory(server: &Server) {
             }
         });
     };
-    // Every slot has had a long text, and every pool its buffers.
-    ask(0, 2000);
-    let before = server.memory();
+    // Every slot has had a long text, and everything its buffers.
+    std::thread::scope(|scope| {
+        for i in 0..16 {
+            scope.spawn(move || arrivals(server.ask(true, &format!("{i} The sea"), 900)));
+        }
+    });
+    ask(0, 4000);
     let start = Instant::now();
-    ask(2000, N_REQUESTS);
-    let after = server.memory();
+    let mut sizes = vec![server.memory()];
+    for part in 0..5 {
+        ask(4000 + part * N_REQUESTS / 5, N_REQUESTS / 5);
+        sizes.push(server.memory());
+    }
+    let (before, after) = (sizes[0], sizes[sizes.len() - 1]);
     println!(
-        "{N_REQUESTS} requests in {:.0} s: {before} KiB before, {after} KiB after, {:+.2} %",
+        "{N_REQUESTS} requests in {:.0} s: {sizes:?} KiB, {:+.2} %",
         start.elapsed().as_secs_f64(),
         (after as f64 / before as f64 - 1.0) * 100.0
     );
