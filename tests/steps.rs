@@ -28,8 +28,8 @@ unsafe impl GlobalAlloc for Counted {
 }
 
 /// Allocations of a forward pass, however many layers it has: two by which rayon calls all threads,
-/// and one for where they sleep.
-const PER_PASS: usize = 3;
+/// one for where they sleep, and one for the parts of sequences that go through together.
+const PER_PASS: usize = 4;
 
 #[test]
 fn a_token_allocates_only_to_call_the_threads() {

@@ -309,11 +309,11 @@ impl Buffers {
         let (n_head_kv, per_kv) = (g.n_head_kv(), g.per_kv());
         let q_width = g.query_width();
         let n_block = (QUERY_ROWS / per_kv).max(1);
-        let Buffers { q, heads, threads, .. } = self;
+        let Buffers { q, heads, threads, ends, .. } = self;
         let heads = Columns::new(&mut heads.floats[..], heads.width);
-        // Where the tasks of each part end.
         let mut n_tasks = 0;
-        let ends = Vec::from_iter(parts.iter().map(|part| {
+        ends.clear();
+        ends.extend(parts.iter().map(|part| {
             n_tasks += n_head_kv * part.rows.len().div_ceil(n_block);
             n_tasks
         }));

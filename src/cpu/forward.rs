@@ -46,8 +46,13 @@ pub(super) struct Buffers {
     pub(super) normed: Rows,
     /// What a block adds to it. `[n, n_embd]`
     added: Vec<f32>,
-    /// Of each token. `[n]`
+    /// The tokens, and where they are. `[n]`
+    tokens: Vec<u32>,
     positions: Vec<usize>,
+    /// Rows that go on at the end.
+    kept: Vec<Range<usize>>,
+    /// Where the tasks of each part end.
+    pub(super) ends: Vec<usize>,
     /// Queries `[n, n_head * key_dim]`, keys and values `[n, n_head_kv * ..]`.
     pub(super) q: Vec<f32>,
     pub(super) k: Vec<f32>,
@@ -136,7 +141,7 @@ impl Engine {
         self.matrices.all().map(Matrix::n_products).sum()
     }
 
-    /// Takes spans of different sequences through the layers, and appends to `out` what is asked of
+    /// Takes the tokens out of spans of different sequences through the layers, and appends to `out` what is asked of
     /// their wanted tokens, those of the first span first: `[wanted, n_vocab]` or `[wanted, n_embd]`; no
     /// logits of a model that has none. What comes of a span does not depend on the others.
     /// Tokens that see later ones go through the layers together, however many they are, and buffers
@@ -156,14 +161,15 @@ impl Engine {
         let n = if n_tokens == 1 { n_threads.one } else { n_threads.batch };
         team.enter(n, |crew| {
             let pass = Pass { crew, model, attention, rotations, matrices, observer };
-            let mut starts = vec![0; spans.len()];
+            let mut tokens = std::mem::take(&mut buffers.tokens);
             loop {
-                let (tokens, mut parts) = next_batch(spans, &mut starts, N_BATCH);
+                let mut parts = next_batch(spans, &mut tokens, N_BATCH);
                 if parts.is_empty() {
-                    return;
+                    break;
                 }
                 buffers.forward(&pass, &tokens, &mut parts, (asked, &mut *out));
             }
+            buffers.tokens = tokens;
         });
     }
 
@@ -228,7 +234,8 @@ impl Buffers {
             pass.show(0, Input::Output, self.normed.seen());
         }
         if !early {
-            keep(&mut self.x, pass.model.hparams.n_embd, &narrow(parts));
+            narrow(parts, &mut self.kept);
+            keep(&mut self.x, pass.model.hparams.n_embd, &self.kept);
         }
         match asked {
             _ if self.x.is_empty() => {}
@@ -329,11 +336,11 @@ impl Buffers {
         self.store(pass, i, parts);
         let g = pass.geometry(i);
         if ends {
-            let wanted = narrow(parts);
-            keep(&mut self.x, hp.n_embd, &wanted);
-            keep(&mut self.q, g.query_width(), &wanted);
+            narrow(parts, &mut self.kept);
+            keep(&mut self.x, hp.n_embd, &self.kept);
+            keep(&mut self.q, g.query_width(), &self.kept);
             if is_shared {
-                keep(&mut self.normed.floats, hp.n_embd, &wanted);
+                keep(&mut self.normed.floats, hp.n_embd, &self.kept);
                 self.normed.resize(self.x.len() / hp.n_embd, hp.n_embd);
                 self.normed.finish(pass.crew, w.ffn_copies(), |_, _| {});
             }

@@ -58,46 +58,49 @@ impl<'a> Part<'a> {
     }
 }
 
-/// Takes about `n_batch` of the tokens that are left, from where `starts` says, first spans first, each
-/// with the tokens that it must be read together with. Nothing if none are left.
+/// Takes about `n_batch` of the tokens out of the spans, first spans first, each with the tokens that it
+/// must be read together with. No parts if none are left.
 pub(super) fn next_batch<'a>(
     spans: &'a mut [Span],
-    starts: &mut [usize],
+    tokens: &mut Vec<u32>,
     n_batch: usize,
-) -> (Vec<u32>, Vec<Part<'a>>) {
-    let (mut tokens, mut parts) = (Vec::new(), Vec::new());
-    for (span, start) in spans.iter_mut().zip(starts) {
-        let end = span.tokens.len().min(*start + n_batch.saturating_sub(tokens.len()));
-        if *start == end {
+) -> Vec<Part<'a>> {
+    let mut parts = Vec::with_capacity(spans.len());
+    tokens.clear();
+    for span in spans {
+        let n = span.tokens.len().min(n_batch.saturating_sub(tokens.len()));
+        if n == 0 {
             continue;
         }
-        let positions = span.n_past + *start..span.n_past + end;
-        let end = together(span.attention, positions, span.prompt) - span.n_past;
+        let positions = span.n_past..span.n_past + n;
+        let n = together(span.attention, positions, span.prompt) - span.n_past;
+        let (now, later) = span.tokens.split_at(n);
         let first = tokens.len();
-        tokens.extend_from_slice(&span.tokens[*start..end]);
-        let row = |at: usize| first + at.clamp(*start, end) - *start;
+        tokens.extend_from_slice(now);
+        let Range { start, end } = span.wanted;
         parts.push(Part {
             rows: first..tokens.len(),
-            position: span.n_past + *start,
-            wanted: row(span.wanted.start)..row(span.wanted.end.max(span.wanted.start)),
+            position: span.n_past,
+            wanted: first + start.min(n)..first + end.min(n),
             prompt: span.prompt,
             attention: span.attention,
             cache: span.cache,
         });
-        *start = end;
+        (span.tokens, span.n_past) = (later, span.n_past + n);
+        span.wanted = start.saturating_sub(n)..end.saturating_sub(n);
     }
-    (tokens, parts)
+    parts
 }
 
-/// Leaves of the parts only what is wanted, as the rows that are left after the others are gone: these.
-pub(super) fn narrow(parts: &mut [Part]) -> Vec<Range<usize>> {
+/// Leaves of the parts only what is wanted, as rows that follow each other; `kept`: where they were.
+pub(super) fn narrow(parts: &mut [Part], kept: &mut Vec<Range<usize>>) {
     let mut n = 0;
-    let kept = parts.iter().map(|part| part.wanted.clone()).collect();
+    kept.clear();
     for part in parts {
+        kept.push(part.wanted.clone());
         part.position += part.wanted.start - part.rows.start;
         part.rows = n..n + part.wanted.len();
         n = part.rows.end;
         part.wanted = part.rows.clone();
     }
-    kept
 }
