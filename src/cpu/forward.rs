@@ -162,11 +162,8 @@ impl Engine {
         team.enter(n, |crew| {
             let pass = Pass { crew, model, attention, rotations, matrices, observer };
             let mut tokens = std::mem::take(&mut buffers.tokens);
-            loop {
+            while spans.iter().any(|span| !span.tokens.is_empty()) {
                 let mut parts = next_batch(spans, &mut tokens, N_BATCH);
-                if parts.is_empty() {
-                    break;
-                }
                 buffers.forward(&pass, &tokens, &mut parts, (asked, &mut *out));
             }
             buffers.tokens = tokens;

@@ -59,7 +59,7 @@ impl<'a> Part<'a> {
 }
 
 /// Takes about `n_batch` of the tokens out of the spans, first spans first, each with the tokens that it
-/// must be read together with. No parts if none are left.
+/// must be read together with.
 pub(super) fn next_batch<'a>(
     spans: &'a mut [Span],
     tokens: &mut Vec<u32>,
