@@ -242,8 +242,9 @@ impl Scheduler {
             let mut queue = lock(&shared.queue);
             queue.retain(Job::is_wanted);
             let (has_slot, has_task) = (self.slots.has_free(), self.task.is_none());
+            let (slots, pool) = (&self.slots, &mut self.pool);
             let next = queue.iter().position(|job| match job {
-                Job::Generate(..) => has_slot,
+                Job::Generate(text, _) => has_slot && slots.goes_with_others(pool, &text.ask),
                 _ => has_task,
             });
             let Some(job) = next.and_then(|i| queue.remove(i)) else { return any };

@@ -10,7 +10,7 @@ use super::scheduler::{Counters, SlotStatus};
 use crate::engine::Asked;
 use crate::error::{Error, Result};
 use crate::measure::divergence::Row;
-use crate::session::pool::{Pool, Sequence, Step, Variant};
+use crate::session::pool::{Ask, Pool, Sequence, Step, Variant};
 use crate::session::sampler::Sampler;
 
 /// Positions that must be shared with another slot's sequence to be worth a copy.
@@ -111,6 +111,15 @@ impl Slots {
 
     pub(super) fn has_free(&self) -> bool {
         self.all.iter().any(|slot| slot.text.is_none())
+    }
+
+    /// Whether a text that attends so can be written beside those that are; also if it cannot be written
+    /// at all, which it is told when it begins.
+    pub(super) fn goes_with_others(&self, pool: &mut Pool, ask: &Ask) -> bool {
+        let Ok(variant) = pool.variant(ask) else { return true };
+        let busy = self.all.iter().filter(|slot| slot.text.is_some());
+        let others = busy.filter_map(|slot| slot.sequence.as_ref()).map(|s| &**s.variant());
+        pool.go_together(others.chain([&*variant]))
     }
 
     /// Seconds that texts took which have ended since.

@@ -18,8 +18,9 @@ use crate::plan::Plan;
 
 /// Most variants that are remembered.
 const MAX_VARIANTS: usize = 64;
-/// Engines for other forms than the model was opened with; each has packed weights of its own.
-const MAX_OTHER_FORMS: usize = 1;
+/// Engines for other forms than the model was opened with, which have packed weights of their own: as
+/// many as a comparison needs.
+const MAX_OTHER_FORMS: usize = 2;
 
 /// What a sequence attends with, as it is asked for: what is not said is as the model was opened.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, serde::Deserialize, serde::Serialize)]
@@ -223,8 +224,8 @@ impl Pool {
         copies(prompt, variant.plan.n_copies(), self.model.tokenizer.bos()).len()
     }
 
-    /// Has a sequence read a prompt, of which it keeps what it shares with what it has read; the number
-    /// of positions that are kept. `as_text`: nothing is kept, and no token sees later ones, whatever
+    /// Has a sequence read a prompt, of which it keeps what it shares with what it has read: so many of
+    /// the prompt's tokens. `as_text`: nothing is kept, and no token sees later ones, whatever
     /// the mask does with prompts.
     ///
     /// # Errors
@@ -253,7 +254,7 @@ impl Pool {
             false => timeline.begin_prompt(&variant.attention, all.len(), new.len()),
         };
         *todo = all.into_owned();
-        Ok(position)
+        Ok(n)
     }
 
     /// The embedding of a text, as [`Session::embed`](super::Session::embed) gives it.
@@ -367,10 +368,24 @@ impl Pool {
         if let Some(i) = self.engines.iter().position(|(forms, _)| *forms == variant.forms) {
             return Ok(i);
         }
-        self.engines.truncate(MAX_OTHER_FORMS);
+        if self.engines.len() > MAX_OTHER_FORMS {
+            self.engines.remove(1);
+        }
         let engine = self.engines[0].1.again(&self.model, &variant.attention)?;
         self.engines.push((variant.forms.clone(), engine));
         Ok(self.engines.len() - 1)
+    }
+
+    /// Whether there is an engine for the forms of each of these at a time; otherwise engines would be made
+    /// again and again.
+    pub fn go_together<'a>(&self, variants: impl Iterator<Item = &'a Variant>) -> bool {
+        let mut others: Vec<&[String]> = Vec::new();
+        for Variant { forms, .. } in variants {
+            if *forms != self.engines[0].0 && !others.contains(&&forms[..]) {
+                others.push(forms);
+            }
+        }
+        others.len() <= MAX_OTHER_FORMS
     }
 
     /// Calls `f` for every number below `n`, on all threads.

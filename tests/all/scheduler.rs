@@ -127,6 +127,26 @@ fn a_text_is_the_same_alone_and_beside_others() {
 }
 
 #[test]
+fn texts_in_more_forms_than_engines_take_turns() {
+    let file = std::path::Path::new(crate::golden::FOLDER).join("gpt2.gguf");
+    let model = Arc::new(qkov::model::Model::open(&file).unwrap());
+    let options = Options { n_ctx: Some(64), ..options() };
+    let mut pool = Pool::new(model, &options).unwrap();
+    let forms = qkov::merge::FORMS.iter().map(|form| form.name().to_string());
+    let asks = forms.map(|form| Ask { form: Some(form), ..Ask::default() });
+    let asks: Vec<Ask> = asks.filter(|ask| pool.variant(ask).is_ok()).collect();
+    assert!(asks.len() > 3, "{asks:?}");
+    let (handle, _) = start(pool, 8, 64).unwrap();
+    let text = |i: usize| {
+        let prompt = vec![1, 2 + i as u32 % 40, 7];
+        Generation { prompt, ask: asks[i % asks.len()].clone(), ..generation("", 20) }
+    };
+    let alone: Vec<_> = (0..12).map(|i| finish(submit(&handle, text(i)))).collect();
+    let all: Vec<_> = (0..12).map(|i| submit(&handle, text(i))).collect();
+    all.into_iter().zip(alone).for_each(|(events, alone)| assert_eq!(finish(events), alone));
+}
+
+#[test]
 fn a_conversation_goes_on_where_it_was() {
     let (handle, _) = server(2, 8);
     let cached = |text: &str| {

@@ -210,21 +210,6 @@ struct Chunks {
 }
 
 #[derive(Serialize)]
-struct Chunk<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: &'a str,
-    choices: &'a [Choice<'a>],
-    /// Null but for the last, if it was asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    timings: Option<Timings>,
-}
-
-#[derive(Serialize)]
 struct Choice<'a> {
     index: usize,
     delta: Delta<'a>,
@@ -249,17 +234,8 @@ impl Chunks {
         (usage, timings): (Option<Usage>, Option<Timings>),
         out: &mut Vec<u8>,
     ) {
-        let chunk = Chunk {
-            id: &self.head.id,
-            object: "chat.completion.chunk",
-            created: self.head.created,
-            model: &self.head.model,
-            system_fingerprint: &self.head.fingerprint,
-            choices,
-            usage: self.include_usage.then_some(usage),
-            timings,
-        };
-        event(&chunk, out);
+        let usage = self.include_usage.then_some(usage);
+        event(&self.head.chunk("chat.completion.chunk", choices, usage, timings), out);
     }
 
     fn one(&self, index: usize, delta: Delta, tokens: &[Chosen], out: &mut Vec<u8>) {
@@ -268,9 +244,7 @@ impl Chunks {
         let choice = Choice { index, delta, logprobs, finish_reason: None };
         self.write(&[choice], (None, None), out);
     }
-}
 
-impl Chunks {
     /// Writes more of a reply, `text` or what is found in it; the probabilities go with the first part.
     fn more(&mut self, index: usize, text: &str, tokens: &[Chosen], out: &mut Vec<u8>) {
         let content = |text| Delta { content: Some(text), ..Delta::default() };

@@ -158,21 +158,6 @@ struct Chunks {
 }
 
 #[derive(Serialize)]
-struct Chunk<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: &'a str,
-    choices: &'a [Choice<'a>],
-    /// Null but for the last, if it was asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    timings: Option<Timings>,
-}
-
-#[derive(Serialize)]
 struct Choice<'a> {
     text: &'a str,
     index: usize,
@@ -298,17 +283,8 @@ impl Chunks {
         (usage, timings): (Option<Usage>, Option<Timings>),
         out: &mut Vec<u8>,
     ) {
-        let chunk = Chunk {
-            id: &self.head.id,
-            object: "text_completion",
-            created: self.head.created,
-            model: &self.head.model,
-            system_fingerprint: &self.head.fingerprint,
-            choices,
-            usage: self.include_usage.then_some(usage),
-            timings,
-        };
-        event(&chunk, out);
+        let usage = self.include_usage.then_some(usage);
+        event(&self.head.chunk("text_completion", choices, usage, timings), out);
     }
 
     /// Writes more of a text, with what is known of its tokens.

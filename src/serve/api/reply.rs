@@ -35,6 +35,44 @@ impl Head {
     }
 }
 
+/// A part of a stream.
+#[derive(Serialize)]
+pub(super) struct Chunk<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+    choices: &'a [C],
+    /// Null but for the last, if it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timings: Option<Timings>,
+}
+
+impl Head {
+    /// A part of a stream of this kind.
+    pub(super) fn chunk<'a, C>(
+        &'a self,
+        object: &'static str,
+        choices: &'a [C],
+        usage: Option<Option<Usage>>,
+        timings: Option<Timings>,
+    ) -> Chunk<'a, C> {
+        Chunk {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.model,
+            system_fingerprint: &self.fingerprint,
+            choices,
+            usage,
+            timings,
+        }
+    }
+}
+
 /// Seconds since 1970.
 pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
