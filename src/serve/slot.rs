@@ -1,5 +1,6 @@
 //! Places for texts: each has a sequence, which stays when a text is over, for those that begin alike.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -270,13 +271,13 @@ impl Slots {
         let ended = match rows {
             Ok(rows) => {
                 let n_vocab = pool.model().hparams.n_vocab;
-                let mut parts = Vec::new();
-                let mut rest = &mut logits[..];
-                for (rows, (step, text)) in rows.iter().zip(steps.iter().zip(texts)) {
-                    let (own, next) = rest.split_at_mut(rows.len());
-                    rest = next;
-                    parts.push(Mutex::new((text, &*step.sequence, own, Next::Reads)));
-                }
+                let all = split(&mut logits, &rows).into_iter();
+                let parts: Vec<_> = all
+                    .zip(steps.iter().zip(texts))
+                    .map(|(rows, (step, text))| {
+                        Mutex::new((text, &*step.sequence, rows, Next::Reads))
+                    })
+                    .collect();
                 let tokenizer = &pool.model().tokenizer;
                 let choose = |i: usize| {
                     let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
@@ -342,6 +343,19 @@ impl Slots {
         }
         any
     }
+}
+
+/// The parts of `data` at these places, which do not overlap and leave nothing out, in any order.
+fn split<'a>(data: &'a mut [f32], places: &[Range<usize>]) -> Vec<&'a mut [f32]> {
+    let mut order: Vec<usize> = (0..places.len()).collect();
+    order.sort_by_key(|i| (places[*i].start, places[*i].end));
+    let mut parts: Vec<&mut [f32]> = places.iter().map(|_| Default::default()).collect();
+    let mut rest = data;
+    for i in order {
+        let (part, next) = rest.split_at_mut(places[i].len());
+        (parts[i], rest) = (part, next);
+    }
+    parts
 }
 
 impl Text {
