@@ -197,7 +197,8 @@ fn memory(server: &Server) {
     // Every slot has had a long text, and everything its buffers.
     std::thread::scope(|scope| {
         for i in 0..16 {
-            scope.spawn(move || arrivals(server.ask(true, &format!("{i} The sea"), 900)));
+            let prompt = format!("{i} {}", "the sea ".repeat(300));
+            scope.spawn(move || arrivals(server.ask(true, &prompt, 300)));
         }
     });
     ask(0, 4000);

@@ -31,6 +31,8 @@ use crate::token::template::Template;
 const N_THREADS: usize = 2;
 /// Requests that are taken apart at once.
 const N_PREPARED: usize = 2;
+/// How long the threads for that wait for more of them.
+const KEEP_TIME: Duration = Duration::from_secs(24 * 60 * 60);
 /// Time that the head of a request may take, or a connection may say nothing between two.
 const HEAD_TIME: Duration = Duration::from_secs(30);
 /// Time that a client may take none of what it is sent.
@@ -144,6 +146,8 @@ impl Server {
         let address = listener.local_addr().map_err(failed)?;
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(N_THREADS).thread_name("qkov-http").enable_all();
+        // Threads that come and go leave memory behind.
+        builder.max_blocking_threads(N_PREPARED).thread_keep_alive(KEEP_TIME);
         let runtime = builder.build().map_err(failed)?;
         let model = pool.model().clone();
         let own = model.gguf.str("tokenizer.chat_template")?;
