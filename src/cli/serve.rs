@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::Run;
+use super::doctor::memory;
 use super::options::RunArgs;
 use super::terminal::{note, read_text};
 use crate::arch::Pooling;
@@ -140,7 +141,8 @@ impl Serve {
         let wanted = self.parallel.map_or(N_SLOTS, usize::from);
         let variant = pool.first().clone();
         let bytes = pool.sequence(variant)?.max_cache_bytes().max(1);
-        let Some(available) = available_bytes() else { return Ok(wanted) };
+        let Ok((_, available)) = memory() else { return Ok(wanted) };
+        let available = usize::try_from(available).unwrap_or(usize::MAX);
         let n = wanted.min(available / bytes).max(1);
         if n < wanted {
             let mib = |bytes: usize| bytes >> 20;
@@ -168,22 +170,4 @@ impl Serve {
             escaped(&host)
         ));
     }
-}
-
-/// Memory that is free or can be made so, also where a control group limits it.
-fn available_bytes() -> Option<usize> {
-    let read = |path: &str| std::fs::read_to_string(path).ok();
-    let number = |path: &str| read(path)?.trim().parse::<usize>().ok();
-    let machine = read("/proc/meminfo").and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        Some(line.trim().strip_suffix(" kB")?.parse::<usize>().ok()? << 10)
-    });
-    let group = number("/sys/fs/cgroup/memory.max").and_then(|max| {
-        let used = number("/sys/fs/cgroup/memory.current")?;
-        // What of files is held in memory can go.
-        let stat = read("/sys/fs/cgroup/memory.stat")?;
-        let file = stat.lines().find_map(|line| line.strip_prefix("file "))?;
-        Some(max.saturating_sub(used.saturating_sub(file.parse().ok()?)))
-    });
-    machine.into_iter().chain(group).min()
 }

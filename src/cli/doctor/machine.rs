@@ -35,22 +35,32 @@ pub(super) struct Machine {
     is_pinned: bool,
 }
 
+fn system() -> Result<System> {
+    System::new().map_err(|e| Error::Runtime(format!("the system does not tell what it has: {e}")))
+}
+
+/// Bytes of memory, and those that are free or can be made so, also where a control group limits them.
+pub(in crate::cli) fn memory() -> Result<(u64, u64)> {
+    let mut system = system()?;
+    system.refresh_memory();
+    let (mut total, mut available) = (system.total_memory(), system.available_memory());
+    if let Some(group) = system.cgroup_limits() {
+        total = total.min(group.total_memory);
+        // What it calls free is without pages of files, which can be given back.
+        available = available.min(total.saturating_sub(group.rss));
+    }
+    Ok((total, available))
+}
+
 impl Machine {
     /// Looks at the machine, and measures it with so many threads.
     pub(super) fn look(n: usize, pin: bool) -> Result<Machine> {
-        let failed = |e| Error::Runtime(format!("the system does not tell what it has: {e}"));
-        let mut system = System::new().map_err(failed)?;
-        system.refresh_memory();
+        let mut system = system()?;
         system.refresh_cpu_list(CpuRefreshKind::nothing());
         // Before anything is measured.
         let load = System::load_average().ok().map(|load| load.one);
         let brand = system.cpus().first().map_or("", |cpu| cpu.brand().trim());
-        let (mut total, mut available) = (system.total_memory(), system.available_memory());
-        if let Some(group) = system.cgroup_limits() {
-            total = total.min(group.total_memory);
-            // What it calls free is without pages of files, which can be given back.
-            available = available.min(total.saturating_sub(group.rss));
-        }
+        let (total, available) = memory()?;
         let n_usable = num_cpus::get().min(cores().len().max(1));
         let is_pinned = pin && n <= cores().len() && can_pin();
         // More threads than cores do no more.

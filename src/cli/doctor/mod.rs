@@ -2,6 +2,8 @@
 
 mod machine;
 
+pub(super) use machine::memory;
+
 use clap::Args;
 use serde_json::{Value, json};
 
