@@ -1,5 +1,7 @@
 //! A position in the header of a file; every read checks that its bytes are there.
 
+#![warn(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
+
 use std::ops::Range;
 
 use super::value::ValueType;
@@ -21,19 +23,17 @@ pub(super) struct Cursor<'a> {
 
 impl<'a> Cursor<'a> {
     pub(super) fn left(&self) -> u64 {
-        (self.bytes.len() - self.pos) as u64
+        self.bytes.len().saturating_sub(self.pos) as u64
     }
 
     pub(super) fn take(&mut self, n: u64, what: &str) -> Result<&'a [u8]> {
-        if n > self.left() {
-            bad_file!(
-                "truncated: {what} at byte {} has {n} bytes, the file has {} left",
-                self.pos,
-                self.left()
-            );
-        }
-        let bytes = &self.bytes[self.pos..self.pos + n as usize];
-        self.pos += n as usize;
+        let (start, left) = (self.pos, self.left());
+        let end = usize::try_from(n).ok().and_then(|n| start.checked_add(n));
+        let Some((bytes, end)) = end.and_then(|end| Some((self.bytes.get(start..end)?, end)))
+        else {
+            bad_file!("truncated: {what} at byte {start} has {n} bytes, the file has {left} left");
+        };
+        self.pos = end;
         Ok(bytes)
     }
 
@@ -72,7 +72,7 @@ impl<'a> Cursor<'a> {
         };
         let min = element.size().unwrap_or(8) as u64;
         // Divided, not multiplied: a product of two numbers from a file can wrap.
-        let fit = (self.left() / min).min(MAX_ARRAY);
+        let fit = self.left().checked_div(min).unwrap_or(0).min(MAX_ARRAY);
         if len > fit {
             bad_file!(
                 "key \"{key}\" at byte {start}: array of {len} x {min} bytes; in the remaining {} \
@@ -88,7 +88,7 @@ impl<'a> Cursor<'a> {
                 }
             }
             _ => {
-                let bytes = self.take(len * min, "array")?;
+                let bytes = self.take(len.saturating_mul(min), "array")?;
                 if element == ValueType::Bool && bytes.iter().any(|b| *b > 1) {
                     bad_file!("key \"{key}\" at byte {start}: bools must be 0 or 1");
                 }

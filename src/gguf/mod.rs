@@ -43,6 +43,13 @@ fn check_alignment(value: u64) -> Result<(), String> {
     }
 }
 
+/// Where data of `n_bytes` from `start` on ends, and the multiple of `alignment` that comes next; `None`
+/// if that is beyond all files.
+fn end_of(start: u64, n_bytes: u64, alignment: u64) -> Option<(u64, u64)> {
+    let end = start.checked_add(n_bytes)?;
+    Some((end, end.checked_next_multiple_of(alignment)?))
+}
+
 /// Bytes of a tensor of this type and shape; if there can be no such tensor, the reason. Sizes are
 /// bounded by `i64`, in which other readers hold them.
 fn data_size(ty: &Type, dims: &[u64]) -> Result<u64, String> {

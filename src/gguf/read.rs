@@ -1,5 +1,7 @@
 //! The reader: one pass over the header, every number checked before it is used.
 
+#![warn(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
@@ -8,7 +10,7 @@ use super::cursor::{Cursor, MAX_STRING};
 use super::value::{Array, Value, ValueType};
 use super::{
     Bytes, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, VERSIONS, check_alignment,
-    data_size, split,
+    data_size, end_of, split,
 };
 use sha2::{Digest, Sha256};
 
@@ -129,19 +131,18 @@ impl Gguf {
         let mut all: Vec<Tensor> = Vec::new();
         let mut parts = Vec::new();
         for part in order {
+            let n = parts.len();
             let gguf = match part {
                 split::Part::This => {
                     parts.extend(self.parts.first().cloned());
-                    all.extend(
-                        self.tensors.drain(..).map(|t| Tensor { part: parts.len() - 1, ..t }),
-                    );
+                    all.extend(self.tensors.drain(..).map(|t| Tensor { part: n, ..t }));
                     continue;
                 }
                 split::Part::Other(gguf) => gguf,
             };
             parts.extend(gguf.parts);
             self.warnings.extend(gguf.warnings);
-            all.extend(gguf.tensors.into_iter().map(|t| Tensor { part: parts.len() - 1, ..t }));
+            all.extend(gguf.tensors.into_iter().map(|t| Tensor { part: n, ..t }));
             // The first part carries the metadata of the model.
             if parts.len() == 1 {
                 self.entries = gguf.entries;
@@ -174,9 +175,9 @@ impl Gguf {
         let shift = over.parts.len();
         over.parts.extend(self.parts.iter().cloned());
         let mut tensors = Vec::new();
-        let replaced = |t: &Tensor| over.by_name.get(&t.name).map(|i| over.tensors[*i].clone());
+        let replaced = |t: &Tensor| over.tensor(&t.name).cloned();
         for tensor in &self.tensors {
-            let own = || Tensor { part: tensor.part + shift, ..tensor.clone() };
+            let own = || Tensor { part: tensor.part.saturating_add(shift), ..tensor.clone() };
             tensors.push(replaced(tensor).unwrap_or_else(own));
         }
         let new = over.tensors.iter().filter(|t| !self.by_name.contains_key(&t.name));
@@ -220,7 +221,7 @@ impl Gguf {
         let value = match ty {
             ValueType::String => {
                 let text = at.string("string value", MAX_STRING)?;
-                at.pos - text.len()..at.pos
+                at.pos.saturating_sub(text.len())..at.pos
             }
             ValueType::Array => {
                 let (element, len, range) = at.array(&shown)?;
@@ -267,22 +268,19 @@ impl Gguf {
         alignment: u64,
         file_len: usize,
     ) -> Result<()> {
-        let padded = |n: u64| n.checked_next_multiple_of(alignment);
-        let Some(data) = padded(header_end as u64) else { bad_file!("header does not end") };
-        let (mut expected, mut needed) = (0u64, header_end as u64);
+        let Some((_, data)) = end_of(0, header_end as u64, alignment) else {
+            bad_file!("header does not end")
+        };
+        let mut start = data;
         for (i, (mut tensor, offset, n_bytes)) in infos.into_iter().enumerate() {
             let shown = excerpt(&tensor.name);
+            let expected = start.saturating_sub(data);
             if offset != expected {
                 bad_file!(
                     "tensor \"{shown}\": offset {offset}, but the data before it ends at {expected}"
                 );
             }
-            let (Some(next), Some(start)) =
-                (padded(n_bytes).and_then(|n| offset.checked_add(n)), data.checked_add(offset))
-            else {
-                bad_file!("tensor \"{shown}\": offset {offset} + {n_bytes} bytes overflows");
-            };
-            let Some(end) = start.checked_add(n_bytes) else {
+            let Some((end, next)) = end_of(start, n_bytes, alignment) else {
                 bad_file!("tensor \"{shown}\": byte {start} + {n_bytes} bytes overflows");
             };
             // A tensor without data may lie behind the last byte: its padding can be missing.
@@ -291,16 +289,16 @@ impl Gguf {
                     "file is incomplete: tensor \"{shown}\" needs bytes {start}..{end}, the file has {file_len}"
                 );
             }
-            (expected, needed) = (next, needed.max(end));
             if n_bytes > 0 {
                 tensor.range = start as usize..end as usize;
             }
+            start = next;
             if self.by_name.insert(tensor.name.clone(), i).is_some() {
                 bad_file!("duplicate tensor \"{shown}\"");
             }
             self.tensors.push(tensor);
         }
-        let extra = (file_len as u64).saturating_sub(padded(needed).unwrap_or(u64::MAX));
+        let extra = (file_len as u64).saturating_sub(start);
         if extra > 0 {
             self.warnings.push(format!("{extra} bytes after the last tensor are ignored"));
         }
@@ -354,13 +352,13 @@ impl Gguf {
         for tensor in &self.tensors {
             hash.update(format!("{} {} {:?};", tensor.name, tensor.ty.name, tensor.dims));
             let data = self.data(tensor);
-            hash.update(&data[..data.len().min(END)]);
-            hash.update(&data[data.len().saturating_sub(END)..]);
+            hash.update(data.get(..END).unwrap_or(&data));
+            hash.update(data.get(data.len().saturating_sub(END)..).unwrap_or_default());
         }
         for (adapter, factor) in &self.adapters {
             hash.update(format!("{} {factor};", adapter.hash()));
         }
-        hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+        hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// An integer of any width that fits u32, if the key is there.
@@ -424,7 +422,7 @@ fn wrong_type(key: &str, expected: &str, found: Value<'_>) -> Error {
 /// Magic, version and the two counts, each bounded by the bytes that are left.
 fn header(at: &mut Cursor) -> Result<(u32, u64, u64)> {
     let len = at.bytes.len();
-    if !at.bytes.starts_with(&MAGIC[..len.min(4)]) {
+    if !MAGIC.iter().zip(at.bytes).all(|(a, b)| a == b) {
         bad_file!("not a GGUF file: {}", found_instead(at.bytes));
     }
     if len < 24 {
@@ -446,7 +444,7 @@ fn header(at: &mut Cursor) -> Result<(u32, u64, u64)> {
     // The shortest pair has 14 bytes, the shortest line of the tensor table 25.
     let left = at.left();
     for (name, count, min) in [("n_kv", n_kv, 14), ("n_tensors", n_tensors, 25)] {
-        let fit = (left / min).min(MAX_COUNT);
+        let fit = left.checked_div(min).unwrap_or(0).min(MAX_COUNT);
         if count > fit {
             bad_file!("{name} = {count}; in the remaining {left} bytes {fit} are allowed");
         }
@@ -456,7 +454,7 @@ fn header(at: &mut Cursor) -> Result<(u32, u64, u64)> {
 
 /// Names what a file without the magic most likely is.
 fn found_instead(bytes: &[u8]) -> String {
-    let start = &bytes[..bytes.len().min(64)];
+    let start = bytes.get(..64).unwrap_or(bytes);
     let is = |prefix: &[u8]| start.starts_with(prefix);
     if is(b"version https://git-lfs") {
         "this is a git-lfs pointer; download the real file".into()
@@ -491,6 +489,7 @@ fn read_tensor(at: &mut Cursor) -> Result<(Tensor, u64, u64)> {
     for _ in 0..n_dims {
         dims.push(at.u64("dimension")?);
     }
+    let type_at = at.pos;
     let id = at.u32("tensor type")?;
     let Some(ty) = quant::type_of(id) else {
         if matches!(id, 4 | 5 | 31..=33 | 36..=38) {
@@ -498,7 +497,7 @@ fn read_tensor(at: &mut Cursor) -> Result<(Tensor, u64, u64)> {
                 "tensor \"{shown}\": type {id} was removed from GGUF; convert the model again"
             );
         }
-        bad_file!("tensor \"{shown}\": unknown tensor type {id} at byte {}", at.pos - 4);
+        bad_file!("tensor \"{shown}\": unknown tensor type {id} at byte {type_at}");
     };
     let offset = at.u64("tensor offset")?;
     let n_bytes = data_size(ty, &dims)

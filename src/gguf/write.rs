@@ -9,7 +9,7 @@ use super::bytes::io_text;
 use super::value::{Value, ValueType};
 use super::{
     Bytes, DEFAULT_ALIGNMENT, Gguf, MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, Tensor, VERSIONS,
-    check_alignment, data_size,
+    check_alignment, data_size, end_of,
 };
 use crate::error::{Error, Result, excerpt};
 use crate::quant::Type;
@@ -242,9 +242,7 @@ impl<'a> Writer<'a> {
             tensor.dims.iter().for_each(|d| out.extend(d.to_le_bytes()));
             out.extend(tensor.ty.id.to_le_bytes());
             out.extend(offset.to_le_bytes());
-            let end = offset.checked_add(tensor.n_bytes);
-            let Some(next) = end.and_then(|end| end.checked_next_multiple_of(self.alignment))
-            else {
+            let Some((_, next)) = end_of(offset, tensor.n_bytes, self.alignment) else {
                 fail!("tensor \"{}\": the file would be too long", excerpt(&tensor.name));
             };
             offset = next;
