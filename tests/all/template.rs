@@ -1,10 +1,14 @@
 //! Chat templates against Jinja2: real ones, each feature alone, and hostile ones.
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+
 use qkov::error::Error;
 use qkov::token::template::{Context, Template};
 use serde_json::{Value, json};
 
 use crate::shared;
+use crate::tiny::Tiny;
 
 #[test]
 fn real_templates_match_jinja2() {
@@ -184,6 +188,47 @@ fn a_template_that_never_ends_is_an_error() {
     assert_eq!(output.status.code(), Some(3));
     let line = String::from_utf8(output.stderr).unwrap();
     assert_eq!(line, "error: chat template: not done after 4 s\n");
+}
+
+/// A server ends with it: its memory would be gone soon.
+#[test]
+fn a_server_ends_with_a_template_that_never_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = "{% if messages[0].content == 'end' %}{% set ns = namespace(a=[1]) %}{% for i in range(64) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a == ns.a ~ '' }}{% endif %}Hi";
+    let model = folder.path().join("m.gguf");
+    std::fs::write(&model, Tiny::llama().set("tokenizer.chat_template", source).bytes()).unwrap();
+    let mut server = std::process::Command::new(env!("CARGO_BIN_EXE_qkov"))
+        .args(["serve", "--port", "0", "-m"])
+        .arg(&model)
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(server.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let url = lines.find_map(|line| {
+        line.split_whitespace().find_map(|word| word.strip_prefix("http://").map(String::from))
+    });
+    let address = url.unwrap().trim_end_matches([',', '.', '/']).to_string();
+    let say = |text: &str| {
+        let body = json!({"messages": [{"role": "user", "content": text}], "max_tokens": 2});
+        let body = body.to_string();
+        let mut stream = TcpStream::connect(&address).unwrap();
+        write!(
+            stream,
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .unwrap();
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).unwrap();
+        reply
+    };
+    assert!(say("go on").starts_with("HTTP/1.1 200"));
+    let reply = say("end");
+    assert!(reply.starts_with("HTTP/1.1 400") && reply.contains("not done after 4 s"), "{reply}");
+    assert_eq!(server.wait().unwrap().code(), Some(3));
+    let last = lines.last().unwrap();
+    assert!(last.starts_with("error: the chat template runs on after its time"), "{last}");
 }
 
 #[test]

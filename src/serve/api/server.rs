@@ -25,7 +25,7 @@ use crate::arch::Pooling;
 use crate::error::{Error, Result};
 use crate::serve::start;
 use crate::session::pool::Pool;
-use crate::token::template::Template;
+use crate::token::template::{self, Template};
 
 /// Threads that speak with clients; the model has threads of its own.
 const N_THREADS: usize = 2;
@@ -41,6 +41,8 @@ const WRITE_TIME: Duration = Duration::from_secs(60);
 const MAX_HEAD: usize = 64 << 10;
 /// Pause after a connection could not be taken, for example because there are too many.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How often it is looked whether a template runs on.
+const WATCH_TIME: Duration = Duration::from_secs(1);
 /// Time for last words when the server ends.
 const LAST_TIME: Duration = Duration::from_millis(500);
 /// Time that the model may then take to end the step it is in; after it nobody waits for the model.
@@ -253,8 +255,16 @@ impl Server {
             let accepting = accept(listener, routes(app.clone()), app.clone(), connections.clone());
             let accepting = tokio::spawn(accepting);
             let mut receiver = phase.subscribe();
-            let _ = receiver.wait_for(|phase| *phase != Phase::Open).await.is_ok();
+            let runs_on = tokio::select! {
+                _ = receiver.wait_for(|phase| *phase != Phase::Open) => false,
+                () = template_runs_on() => true,
+            };
             app.handle.stop();
+            if runs_on {
+                let text =
+                    "the chat template runs on after its time, which only the server's end ends";
+                return Err(Error::File(text.into()));
+            }
             // New requests are still told that it is too late for them.
             let _ = timeout(drain_time, app.requests.none()).await;
             phase.send_replace(Phase::Over);
@@ -274,6 +284,13 @@ impl Server {
             return Err(Error::Runtime("the model's thread failed".into()));
         }
         result
+    }
+}
+
+/// Waits until a template has not ended in its time.
+async fn template_runs_on() {
+    while !template::runs_on() {
+        sleep(WATCH_TIME).await;
     }
 }
 

@@ -9,6 +9,7 @@ mod json;
 mod source;
 
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
@@ -34,6 +35,15 @@ const STACK_BYTES: usize = 512 << 20;
 const MAX_TIME: Duration = Duration::from_secs(4);
 /// The name under which the engine knows the template.
 const NAME: &str = "chat template";
+
+/// Whether one is still being rendered after its time.
+static RUNS_ON: AtomicBool = AtomicBool::new(false);
+
+/// Whether a template of this process runs on after its time, and may take more and more memory: only
+/// the end of the process ends it.
+pub fn runs_on() -> bool {
+    RUNS_ON.load(Ordering::Relaxed)
+}
 
 /// What a template is told besides the messages.
 #[derive(Debug, Clone, Default)]
@@ -154,6 +164,7 @@ fn on_own_thread<T: Send + 'static>(
     match receiver.recv_timeout(MAX_TIME) {
         Ok(result) => result,
         Err(RecvTimeoutError::Timeout) => {
+            RUNS_ON.store(true, Ordering::Relaxed);
             bad_file!("chat template: not done after {} s", MAX_TIME.as_secs())
         }
         Err(RecvTimeoutError::Disconnected) => bad_file!("chat template: the engine failed"),
