@@ -80,13 +80,13 @@ impl Run for Generate {
             let token = match &mut grammar {
                 Some(grammar) if grammar.is_over() => break,
                 Some(grammar) => {
-                    let mut logits = session.logits().to_vec();
+                    let mut logits = session.finite_logits()?.to_vec();
                     grammar.restrict(&mut logits)?;
                     let token = sampler.sample(&logits);
                     grammar.accept(token)?;
                     token
                 }
-                None => sampler.sample(session.logits()),
+                None => sampler.sample(session.finite_logits()?),
             };
             if tokenizer.is_eog(token) && !self.ignore_eos {
                 break;

@@ -13,6 +13,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use memmap2::MmapMut;
 
+use super::finite::Fault;
 use super::kernels::{Copies, LANES, LAYOUTS, Panels};
 use super::threads::{Columns, Crew};
 use super::tiles::Lanes;
@@ -88,6 +89,8 @@ pub struct KvCache {
     /// Cosines and sines of every position, where keys are rotated when they are read: panels of
     /// [`LANES`] positions, each two vectors for every plane.
     pub(super) angles: Vec<Lanes>,
+    /// Where numbers came up that are not finite, and so are not what is cached from there on.
+    pub(super) fault: Option<Fault>,
 }
 
 /// For each head of [`Geometry::stored`], keys: panels of [`LANES`] positions; values: panels of [`LANES`] elements, then
@@ -165,7 +168,7 @@ impl KvCache {
         memory(n_bytes)?;
         let angles = vec![[0.0; LANES]; n_angles.unwrap_or(0)];
         let layers = shapes.stored.into_iter().map(layer).collect::<Result<_>>()?;
-        Ok(KvCache { n_ctx, keys, values, layers, rebuilt, angles })
+        Ok(KvCache { n_ctx, keys, values, layers, rebuilt, angles, fault: None })
     }
 
     /// Positions that fit.
@@ -185,6 +188,7 @@ impl KvCache {
             layer.values.fill(0);
         }
         self.angles.fill([0.0; LANES]);
+        self.fault = None;
         self.rebuilt.iter_mut().for_each(|cache| cache.clear());
     }
 
@@ -204,6 +208,30 @@ impl KvCache {
     pub fn layer_bytes(&self, layer: usize) -> usize {
         let LayerCache { key_starts, value_starts, .. } = &self.layers[layer];
         [key_starts, value_starts].iter().filter_map(|starts| starts.last()).sum()
+    }
+
+    /// Where numbers came up that are not finite, before position `n`.
+    pub fn fault(&self, n: usize) -> Option<Fault> {
+        self.fault.filter(|fault| fault.start < n)
+    }
+
+    /// Forgets a fault from position `n` on, where other tokens follow. Products run over whole panels,
+    /// with zeros for those that no token sees yet; so zeros are written there.
+    pub(crate) fn heal(&mut self, n: usize) {
+        if let Some(fault) = self.fault.take_if(|fault| fault.start >= n) {
+            self.wipe(n, fault.end);
+        }
+    }
+
+    fn wipe(&mut self, start: usize, end: usize) {
+        for i in 0..self.layers.len() {
+            let heads = self.stored(i);
+            let [keys, values] = [vec![0.0; heads.key_width()], vec![0.0; heads.value_width()]];
+            for position in start..end {
+                self.store(None, (i, position), &keys, &values);
+            }
+        }
+        self.rebuilt.iter_mut().for_each(|cache| cache.wipe(start, end));
     }
 
     /// The cache of rebuilt keys and values, and the layer of it that a layer has.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::attend::MixBuffers;
 use super::experts::ExpertBuffers;
+use super::finite::Place;
 use super::kernels::{Copies, Scratch};
 use super::latent::{LatentBuffers, Tiles};
 use super::lora::{give_back, lower};
@@ -219,12 +220,14 @@ impl Buffers {
         (asked, out): (Asked, &mut Vec<f32>),
     ) {
         self.embed(pass, tokens, parts);
+        self.check_finite(pass, Place::Embedding, parts);
         let last = pass.model.layers.len() - 1;
         // After the last cache is filled, only tokens of which something is asked go on.
         let looks = |o: &dyn Observer| o.wants(last) || o.wants_heads(last) || o.wants_inputs();
         let early = !pass.observer.is_some_and(looks);
         for i in 0..=last {
             self.layer(pass, i, parts, i == last && early);
+            self.check_finite(pass, Place::Layer(i), parts);
         }
         if pass.shows_inputs() {
             self.norm(pass, pass.model.output_norm.as_ref(), Copies::default());

@@ -65,6 +65,7 @@ impl KvCache {
                 to.values[at.clone()].copy_from_slice(&from.values[at]);
             }
         }
+        self.fault = other.fault;
         let n = self.held_angles(n);
         self.angles[..n].copy_from_slice(&other.angles[..n]);
         Ok(())

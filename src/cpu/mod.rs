@@ -8,6 +8,7 @@ mod attend;
 mod cache;
 mod experts;
 mod ffn;
+mod finite;
 mod forward;
 mod held;
 pub mod kernels;
@@ -27,6 +28,7 @@ mod two_steps;
 mod weights;
 
 pub use cache::KvCache;
+pub use finite::{Fault, Place, check_finite};
 pub use forward::Engine;
 pub use limits::Limits;
 pub use needs::Needs;

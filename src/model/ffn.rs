@@ -2,7 +2,9 @@
 
 use super::{Binder, ExpertLayer, Ffn, Linear};
 use crate::arch::{Bias, Experts, Gate, Hparams, LayerHparams};
+use crate::bad_file;
 use crate::error::Result;
+use crate::simd;
 
 impl Binder<'_> {
     /// The FFN that all tokens of a layer go through, beside experts or without them.
@@ -47,6 +49,10 @@ impl Binder<'_> {
         let at = |name: &str| format!("{blk}.{name}");
         let router = self.linear(&at("ffn_gate_inp"), hp.n_embd, experts.n, experts.bias)?;
         let preference = self.bias(&at("exp_probs_b"), experts.n, Bias::Optional)?;
+        if preference.as_ref().is_some_and(|bias| !simd::are_finite(bias)) {
+            // It chooses experts, and is in no sum that would show it.
+            bad_file!("tensor \"{}\": every number must be finite", at("exp_probs_b.bias"));
+        }
         let mut all_of = |name: &str, n_in: usize, n_out: usize| -> Result<Vec<Linear>> {
             let weight = self.shaped(&at(&format!("{name}.weight")), &[n_in, n_out, experts.n])?;
             let bias = match experts.bias {

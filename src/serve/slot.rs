@@ -330,6 +330,8 @@ impl Slots {
                 Next::Failed(e) => {
                     let _ = text.events.send(Event::Failed(e));
                     slot.free();
+                    // Nothing is kept of what may have been computed wrong.
+                    slot.sequence.iter_mut().for_each(Sequence::forget);
                     any = true;
                     continue;
                 }
@@ -370,6 +372,9 @@ impl Text {
         let Generation {
             prompt, grammar, max_tokens, ignore_eos, logprobs, prompt_logprobs, ..
         } = &mut self.generation;
+        if let Err(e) = sequence.check_finite(rows) {
+            return Next::Failed(e);
+        }
         if *prompt_logprobs && self.n_written == 0 {
             let n_top = logprobs.unwrap_or(0);
             let first = sequence.tokens().len() - rows.len() / n_vocab;

@@ -214,7 +214,7 @@ impl Chat {
             if max_tokens.is_some_and(|max| reply.len() >= max) {
                 return Ok(End::Length);
             }
-            let token = self.sampler.sample(self.session.logits());
+            let token = self.sampler.sample(self.session.finite_logits()?);
             if tokenizer.is_eog(token) {
                 return Ok(End::Model);
             }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::Session;
 use crate::arch::Pooling;
 use crate::bad_usage;
+use crate::cpu::check_finite;
 use crate::engine::Asked;
 use crate::error::Result;
 use crate::simd;
@@ -17,7 +18,8 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// Those of [`Session::check_text`], or a pooling that needs a head.
+    /// Those of [`Session::check_text`], or a pooling that needs a head, or states that are not
+    /// finite.
     pub fn embed(&mut self, tokens: &[u32], pooling: Pooling) -> Result<Vec<f32>> {
         self.rewind(0);
         self.check_text(tokens)?;
@@ -32,6 +34,7 @@ impl Session {
             None,
             (Asked::States, &mut states),
         )?;
+        check_finite(&states, self.engine.fault(n))?;
         Ok(pooled(states, pooling, self.model.hparams.n_embd))
     }
 

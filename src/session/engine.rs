@@ -7,7 +7,7 @@ use super::Options;
 use crate::bad_usage;
 #[cfg(feature = "ggml")]
 use crate::cpu::threads::cores;
-use crate::cpu::{self, KvCache, Observer, Span};
+use crate::cpu::{self, Fault, KvCache, Observer, Span};
 #[cfg(feature = "ggml")]
 use crate::engine::Kind;
 use crate::engine::{Asked, CacheType, Threads};
@@ -133,6 +133,24 @@ impl Engine {
             Engine::Cpu { engine, .. } => engine.set_threads(n_threads),
             #[cfg(feature = "ggml")]
             Engine::Ggml(engine) => engine.set_threads(n_threads),
+        }
+    }
+
+    /// Where numbers came up that are not finite, before position `n`, if it is known.
+    pub(super) fn fault(&self, n: usize) -> Option<Fault> {
+        match self {
+            Engine::Cpu { cache, .. } => cache.fault(n),
+            #[cfg(feature = "ggml")]
+            Engine::Ggml(_) => None,
+        }
+    }
+
+    /// Forgets such a place from position `n` on.
+    pub(super) fn heal(&mut self, n: usize) {
+        match self {
+            Engine::Cpu { cache, .. } => cache.heal(n),
+            #[cfg(feature = "ggml")]
+            Engine::Ggml(_) => {}
         }
     }
 

@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use crate::attention::together;
 use crate::bad_usage;
-use crate::cpu::Observer;
 use crate::cpu::threads::default_threads;
+use crate::cpu::{Observer, check_finite};
 use crate::engine::{Asked, CacheType, Devices, Kind, Threads};
 use crate::error::Result;
 use crate::model::Model;
@@ -231,6 +231,17 @@ impl Session {
         &self.logits[self.logits.len().saturating_sub(n_vocab)..]
     }
 
+    /// The same, to choose a token by them.
+    ///
+    /// # Errors
+    ///
+    /// Logits that are not all finite: a line with the layer where that began.
+    pub fn finite_logits(&self) -> Result<&[f32]> {
+        let logits = self.logits();
+        check_finite(logits, self.engine.fault(self.tokens().len()))?;
+        Ok(logits)
+    }
+
     /// Reads more tokens.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
         let last = tokens.len().saturating_sub(1)..tokens.len();
@@ -372,6 +383,7 @@ impl Session {
     /// other everything if it is cut. The logits are gone until the next feed.
     pub fn rewind(&mut self, n: usize) {
         self.timeline.rewind(n);
+        self.engine.heal(self.timeline.tokens().len());
         self.logits.clear();
     }
 
@@ -393,6 +405,9 @@ impl Session {
         go_on: &mut dyn FnMut(usize) -> bool,
     ) -> Result<bool> {
         self.check_room(self.n_positions(prompt, reply))?;
+        if let Some(fault) = self.engine.fault(self.tokens().len()) {
+            self.rewind(fault.start);
+        }
         let (n, position) = self.timeline.shared(prompt, reply);
         self.rewind(position);
         let new = &prompt[n.min(prompt.len())..];

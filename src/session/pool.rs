@@ -10,7 +10,7 @@ use super::{Options, context};
 use crate::arch::Pooling;
 use crate::attention::{Attention, together};
 use crate::bad_usage;
-use crate::cpu::{self, KvCache, Observer, Span};
+use crate::cpu::{self, KvCache, Observer, Span, check_finite};
 use crate::engine::{Asked, Kind};
 use crate::error::Result;
 use crate::model::Model;
@@ -101,6 +101,11 @@ impl Sequence {
     /// The tokens that were read, by position.
     pub fn tokens(&self) -> &[u32] {
         self.timeline.tokens()
+    }
+
+    /// Refuses numbers that came of it and are not finite, see [`check_finite`].
+    pub fn check_finite(&self, numbers: &[f32]) -> Result<()> {
+        check_finite(numbers, self.cache.fault(self.tokens().len()))
     }
 
     /// Number of tokens that are still to be read.
@@ -272,6 +277,7 @@ impl Pool {
         let mut states = Vec::new();
         let step = Step { n: sequence.n_todo(), sequence, all: true };
         self.forward(&mut [step], None, (Asked::States, &mut states))?;
+        sequence.check_finite(&states)?;
         states.truncate(wanted.end * n_embd);
         states.drain(..wanted.start * n_embd);
         Ok(pooled(states, pooling, n_embd))

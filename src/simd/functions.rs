@@ -311,6 +311,15 @@ per_level! {
 }
 
 per_level! {
+    /// Whether none is infinite or NaN.
+    pub fn are_finite(x: &[f32]) -> bool {
+        // Every bit of the exponent is set in those that are not.
+        const EXPONENT: u32 = 0x7F80_0000;
+        x.iter().fold(true, |all, x| all & (x.to_bits() & EXPONENT != EXPONENT))
+    }
+}
+
+per_level! {
     /// `x = (x - ln(-ln u)) factor`, for `0 < u < 1`.
     pub fn add_gumbel(x: &mut [f32], u: &[f32], factor: f32) {
         for (x, u) in x.iter_mut().zip(u) {

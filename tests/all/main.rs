@@ -22,6 +22,7 @@ mod engines;
 mod export;
 mod families;
 mod family;
+mod finite;
 mod forms;
 mod golden;
 mod grammar;
@@ -31,6 +32,7 @@ mod lora;
 mod lowrank;
 mod masks;
 mod mutations;
+mod nmse;
 mod normalizers;
 mod observe;
 #[cfg(feature = "ggml")]
