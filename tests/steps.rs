@@ -20,9 +20,11 @@ unsafe impl GlobalAlloc for Counted {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         COUNT.fetch_add(1, Ordering::Relaxed);
         SIZE.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: as above.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as above.
         unsafe { System.dealloc(at, layout) }
     }
 }

@@ -4,6 +4,14 @@
 //! that every processor has, by dot products of 4 (`sdot`), or by products of 2 rows of 8 with 2 tokens
 //! of 8 (`smmla`). `std` has no stable names for the last two instructions, so they are written as
 //! assembly. Sums are exact until they are scaled, and that goes in one order at all three.
+//!
+//! # Safety
+//!
+//! Every unsafe function here asks for the same: a processor of the level that it is inlined into, and
+//! pointers to as many elements as it reads. [`super::multiply`], the only way in, has checked both for
+//! whole matrices, and offsets stay below the sizes that it checked. So blocks inside of these functions
+//! say no more.
+#![allow(clippy::undocumented_unsafe_blocks)]
 
 mod formats;
 mod products;

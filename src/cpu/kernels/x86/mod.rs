@@ -3,6 +3,14 @@
 //!
 //! Formats, unpacking and the order of work are common to all levels; how products are summed is
 //! what an [`Isa`] says. Functions without `target_feature` are inlined into those that have it.
+//!
+//! # Safety
+//!
+//! Every unsafe function here asks for the same: a processor of the level that it is inlined into, and
+//! pointers to as many elements as it reads. [`super::multiply`], the only way in, has checked both for
+//! whole matrices, and offsets stay below the sizes that it checked. So blocks inside of these functions
+//! say no more.
+#![allow(clippy::undocumented_unsafe_blocks)]
 
 mod avx2;
 mod floats;
