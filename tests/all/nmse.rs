@@ -34,6 +34,7 @@ fn nmse(found: &[f32], exact: &[f64]) -> f64 {
 }
 
 #[track_caller]
+#[allow(clippy::print_stdout)]
 fn below(limit: f64, what: &str, found: &[f32], exact: &[f64]) {
     let error = nmse(found, exact);
     println!("{what:34} {error:9.2e} of {limit:.0e}");
