@@ -38,7 +38,8 @@ pub(super) fn activate(kind: Activation, x: &mut [f32]) {
 pub(super) fn activate_product(kind: Activation, gate: &mut [f32], up: &mut [f32]) {
     if kind == Activation::ClampedSwiglu {
         for (g, u) in gate.iter_mut().zip(&mut *up) {
-            *g = g.min(CLAMP);
+            // Unlike `min`, this keeps a NaN.
+            *g = if *g > CLAMP { CLAMP } else { *g };
             *u = u.clamp(-CLAMP, CLAMP) + 1.0;
         }
         // g sigmoid(a g) is silu(a g) / a.

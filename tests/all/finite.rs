@@ -70,6 +70,10 @@ fn every_tensor_of_every_family() {
         for tensor in gguf.tensors() {
             for number in [f32::NAN, f32::INFINITY] {
                 let case = format!("{name}: {} = {number}", tensor.name);
+                let is_clamped = ["gate_exps", "up_exps"].iter().any(|n| tensor.name.contains(n));
+                if name == "gpt-oss" && is_clamped && number.is_infinite() {
+                    continue;
+                }
                 let Err(error) = run(filled(&gguf, tensor, number)) else {
                     silent.push(case);
                     continue;

@@ -152,9 +152,12 @@ fn pairs_of_sizes() {
 #[test]
 fn larger_vocabularies() {
     let file = Tiny::llama().bytes();
+    let mut n = 0;
     each_byte(&file, &[|_| 0xFF, |old| old.wrapping_add(1)], |name, bytes| {
         survives(name, bytes, forward);
+        n += 1;
     });
+    println!("{n} mutants");
 }
 
 #[test]
@@ -167,4 +170,5 @@ fn every_bit_of_the_weights() {
             assert_eq!(survives(&format!("bit {bit} of byte {at}"), bytes, forward), 1);
         }
     }
+    println!("{} mutants", 8 * (file.len() - header_len(file)));
 }
