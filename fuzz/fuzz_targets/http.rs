@@ -12,6 +12,7 @@ use axum::http::{Request, StatusCode};
 use http_body_util::BodyExt;
 use libfuzzer_sys::fuzz_target;
 use qkov::serve::api::{Server, Settings, listen};
+use qkov::session::Options;
 use qkov::session::pool::Pool;
 use qkov_fuzz::{forgive, model, options};
 use serde_json::Value;
@@ -21,6 +22,9 @@ use tower_service::Service;
 /// Time that an answer may take: what is asked for is read by a tiny model.
 const MAX_TIME: Duration = Duration::from_secs(9);
 
+/// Room for a conversation with tools, by bytes.
+const N_CTX: usize = 256;
+
 struct Bench {
     runtime: Runtime,
     router: Router,
@@ -28,7 +32,8 @@ struct Bench {
 }
 
 static BENCH: LazyLock<Bench> = LazyLock::new(|| {
-    let pool = Pool::new(Arc::new(model()), &options()).unwrap();
+    let options = Options { n_ctx: Some(N_CTX), ..options() };
+    let pool = Pool::new(Arc::new(model()), &options).unwrap();
     let settings = Settings { id: "tiny".into(), n_slots: 2, ..Settings::default() };
     let server = Server::start(listen("127.0.0.1", 0).unwrap(), pool, settings).unwrap();
     let runtime = Builder::new_current_thread().enable_time().build().unwrap();
