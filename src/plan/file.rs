@@ -101,7 +101,7 @@ impl PlanFile {
         for (at, mean) in &self.means {
             let place = at.split_once('.').and_then(|(layer, head)| {
                 let (i, head) = (layer.parse::<usize>().ok()?, head.parse::<usize>().ok()?);
-                let layer = plan.layers.get_mut(i)?;
+                let layer = plan.layers.get_mut(i).filter(|layer| head < layer.means.len())?;
                 let dim = layer.form.form().geometry(hparams, &hparams.layers[i]).outputs(head);
                 Some((layer.means.get_mut(head)?, dim.len()))
             });

@@ -429,16 +429,17 @@ per_level! {
             for i in 0..32 {
                 q[i] = whole[i] as i8;
             }
+            // Beside a scale that is not finite, or next to nothing, these may be any numbers.
             let mut sums = [[0i32; 8]; 2];
             for i in 0..8 {
-                sums[0][i] = whole[i] + whole[8 + i];
-                sums[1][i] = whole[16 + i] + whole[24 + i];
+                sums[0][i] = whole[i].wrapping_add(whole[8 + i]);
+                sums[1][i] = whole[16 + i].wrapping_add(whole[24 + i]);
             }
-            let halves = stored(sums).map(|half| half.into_iter().sum::<i32>());
+            let halves = stored(sums).map(|half| half.into_iter().fold(0, i32::wrapping_add));
             scales[at] = scale;
             sums16[2 * g * tile + lane] = scale * halves[0] as f32;
             sums16[(2 * g + 1) * tile + lane] = scale * halves[1] as f32;
-            sums32[at] = scale * (halves[0] + halves[1]) as f32;
+            sums32[at] = scale * halves[0].wrapping_add(halves[1]) as f32;
         }
     }
 }

@@ -123,6 +123,7 @@ fn plans_that_do_not_fit_are_refused() {
         ("format = 1\nnorm = [\"0.7=softmax\"]\n", "head \"7\""),
         ("format = 1\nnorm = [\"x\"]\n", "normalizer \"x\" is not known"),
         ("format = 1\nnorm = []\nmeans = { \"8.0\" = [1.0] }\n", "head \"8.0\""),
+        ("format = 1\nnorm = []\nmeans = { \"0.6\" = [1.0] }\n", "head \"0.6\""),
         ("format = 1\nnorm = []\nmeans = { \"0.0\" = [1.0] }\n", "has 1 numbers; allowed 32"),
         ("format = 1\nnorm = []\nmask = [\"0=repeat\"]\n", "for all layers or none"),
         ("format = 1\nnorm = [\n", "line 2"),

@@ -164,3 +164,20 @@ fn rounding_loses_what_the_bits_allow() {
         assert_eq!(loss(format, &[&[0.0; 512][..], &x[..512]].concat()), loss(format, &x[..512]));
     }
 }
+
+/// Blocks of activations that are not finite, beside one that is; none may stop a build that checks for
+/// overflow.
+#[test]
+fn what_is_not_finite_has_no_finite_scale() {
+    for odd in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for n_odd in [1, 32] {
+            let mut x = [1.0; 64];
+            x[..n_odd].fill(odd);
+            let (mut quants, mut scales) = ([0; 64], [0.0; 2]);
+            let (mut sums16, mut sums32) = ([0.0; 4], [0.0; 2]);
+            simd::quantize(&x, 0, 1, &mut quants, &mut scales, &mut sums16, &mut sums32);
+            assert!(!scales[0].is_finite(), "{odd}: {scales:?}");
+            assert_eq!((quants[32], scales[1], sums32[1]), (127, 1.0 / 127.0, 32.0), "{odd}");
+        }
+    }
+}

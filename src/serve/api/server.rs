@@ -201,6 +201,11 @@ impl Server {
         self.address
     }
 
+    /// What answers requests, for those who have other connections than those of [`Server::run`].
+    pub fn router(&self) -> Router {
+        routes(self.app.clone())
+    }
+
     /// What ends it.
     pub fn stopper(&self) -> Stopper {
         Stopper(self.phase.clone())

@@ -48,7 +48,7 @@ impl File {
         self.set(key, V::Strs(values.iter().map(|v| v.as_ref().to_vec()).collect()))
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub fn bytes(&self) -> Vec<u8> {
         let mut out = b"GGUF\x03\0\0\0".to_vec();
         let string = |out: &mut Vec<u8>, s: &[u8]| {
             out.extend((s.len() as u64).to_le_bytes());
