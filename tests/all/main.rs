@@ -22,6 +22,7 @@ mod engines;
 mod export;
 mod families;
 mod family;
+mod faults;
 mod forms;
 mod golden;
 mod grammar;
