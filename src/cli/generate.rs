@@ -35,7 +35,7 @@ pub(super) struct Generate {
     #[arg(long, conflicts_with_all = ["json_schema", "grammar"])]
     ignore_eos: bool,
     /// File that keeps what was read, so that a prompt that begins alike need not be read again: read if
-    /// it is there, and written at the end
+    /// it is there, and written at the end; for one process at a time
     #[arg(long, value_name = "FILE")]
     session: Option<PathBuf>,
     /// Tells times on stderr at the end

@@ -38,7 +38,7 @@ pub(super) struct Chat {
     #[arg(short, long, value_name = "N")]
     n_predict: Option<usize>,
     /// File that keeps the conversation and what was read of it: goes on with it if it is there, and is
-    /// written after every reply
+    /// written after every reply; for one process at a time
     #[arg(long, value_name = "FILE")]
     session: Option<PathBuf>,
     /// Tells times after every reply

@@ -20,14 +20,16 @@ struct Met {
 
 /// Kills the program: every other time at any moment of its run, else soon after it began to write.
 fn kill(kind: &Kind, place: &Place, i: usize, time: Duration, random: &mut Random) -> bool {
-    let mut child = kind.start(place, kind.then);
     let folder = place.path(kind.out).parent().unwrap().to_path_buf();
+    let strays = names(&folder).into_iter().filter(|name| name.ends_with(".tmp"));
+    strays.for_each(|name| std::fs::remove_file(folder.join(name)).unwrap());
+    let mut child = kind.start(place, kind.then);
     let is_writing = || names(&folder).iter().any(|name| name.ends_with(".tmp"));
     match i % 2 {
         0 => std::thread::sleep(time.mul_f64(1.1 * random.next())),
         // A write that is over before it is seen is one that was not met.
         _ if until(&mut child, is_writing) => {
-            std::thread::sleep(Duration::from_millis(2).mul_f64(random.next()));
+            std::thread::sleep(Duration::from_millis(1).mul_f64(random.next()));
         }
         _ => {}
     }
