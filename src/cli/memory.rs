@@ -114,3 +114,33 @@ pub(super) fn check(model: &Model, options: &Options) -> Result<()> {
     let needs = Needs::of(model, options.exact)?;
     Footprint::new(model, &needs, options.cache)?.check(n_ctx, available)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_fit_is_told_with_its_sizes() {
+        let footprint = Footprint { copied: 1000, mapped: 500, per_token: 10.0 };
+        assert_eq!(footprint.check(100, 2000), Ok(()), "mapped weights may be dropped");
+        let error = footprint.check(101, 2000).unwrap_err();
+        assert_eq!(
+            error,
+            Error::Usage(
+                "not enough memory: 2010 bytes are needed, 1000 for weights and 1010 for a context of \
+                 101 tokens; 2000 are available, which hold --ctx 50 at most"
+                    .into()
+            )
+        );
+        let error = footprint.check(1, 900).unwrap_err();
+        assert_eq!(
+            error,
+            Error::Runtime(
+                "not enough memory: 1010 bytes are needed, 1000 for weights and 10 for a context of \
+                 1 tokens; 900 are available"
+                    .into()
+            )
+        );
+        assert!(footprint.check(usize::MAX, u64::MAX - 1).is_err());
+    }
+}

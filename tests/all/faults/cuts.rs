@@ -7,7 +7,7 @@ use std::process::{Child, Stdio};
 use std::sync::Arc;
 
 use qkov::error::Error;
-use qkov::gguf::{Fate, Gguf};
+use qkov::gguf::{Fate, Gguf, Writer};
 use qkov::model::Model;
 use qkov::session::pool::Pool;
 use qkov::session::{Options, Session};
@@ -57,6 +57,15 @@ fn a_model_that_is_cut_before_it_is_loaded_is_refused() {
         };
         assert!(line.contains("model.gguf: the file was shortened while in use"), "{line}");
     }
+    // A copy of it is not made.
+    std::fs::write(&path, &whole).unwrap();
+    let gguf = Gguf::open(&path).unwrap();
+    let mut copy = Writer::new();
+    gguf.tensors().iter().for_each(|tensor| copy.copy_tensor(&gguf, tensor).unwrap());
+    cut(&place, n / 2);
+    let line = message(copy.write(&place.path("copy.gguf")));
+    assert!(line.contains("copy.gguf: ") && line.contains("model.gguf: the file was"), "{line}");
+    assert!(!place.path("copy.gguf").exists() && place.strays().is_empty());
     // What is written anew under the name is no harm to what is open.
     std::fs::write(&path, &whole).unwrap();
     let gguf = Gguf::open(&path).unwrap();
@@ -78,7 +87,8 @@ fn ends_with_3(child: Child) {
 
 #[test]
 fn a_model_that_is_cut_while_it_writes_ends_the_program() {
-    for left in [0, 4096] {
+    // Of the last page that is left, the rest would be zeros, and pages are larger elsewhere.
+    for left in if cfg!(target_arch = "x86_64") { vec![0, 4096] } else { vec![0] } {
         let place = Place::new();
         let generate = ["generate", "--ignore-eos", "-p", "A", "--seed", "1"];
         let mut child =
