@@ -103,6 +103,16 @@ impl Footprint {
     }
 }
 
+/// Refuses to make a model of so many bytes that is certain not to fit.
+pub(super) fn check_made(n_bytes: u64) -> Result<()> {
+    match memory() {
+        Ok((_, available)) if n_bytes > available => Err(Error::Runtime(format!(
+            "not enough memory: {n_bytes} bytes are needed for the model; {available} are available"
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Refuses a model and a context that are certain not to fit, before any memory is taken for them.
 pub(super) fn check(model: &Model, options: &Options) -> Result<()> {
     // Another engine may have memory elsewhere.

@@ -195,9 +195,23 @@ impl<'a> Writer<'a> {
         self.tensor(&tensor.name, tensor.ty, &tensor.dims, gguf.data(tensor))
     }
 
+    /// Bytes of the complete file.
+    pub fn n_bytes(&self) -> Result<u64> {
+        let padded = |n: u64| n.checked_next_multiple_of(self.alignment);
+        let mut sizes = self.tensors.iter().map(|tensor| padded(tensor.n_bytes));
+        let header = padded(self.header()?.len() as u64);
+        match sizes.try_fold(header, |all, n| Some(all?.checked_add(n?))) {
+            Some(Some(n)) => Ok(n),
+            _ => fail!("the file would be too long"),
+        }
+    }
+
     /// The complete file in memory.
     pub fn to_bytes(self) -> Result<Vec<u8>> {
-        let mut out = Vec::new();
+        let (mut out, n) = (Vec::new(), self.n_bytes()?);
+        if usize::try_from(n).ok().is_none_or(|n| out.try_reserve_exact(n).is_err()) {
+            fail!("no memory for a file of {n} bytes");
+        }
         self.emit(&mut |bytes| {
             out.extend_from_slice(bytes);
             Ok(())

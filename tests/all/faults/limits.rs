@@ -63,6 +63,20 @@ fn a_limit_of_addresses_counts() {
     line_of(&run(fits + fits / 8), 2);
 }
 
+/// Before any of it is made.
+#[test]
+fn a_model_that_memory_does_not_hold_is_refused() {
+    let place = Place::new();
+    let args = ["bench", "--shape", "llama-3.1-8b", "--type", "Q4_K_M", "-t", "1", "--no-pin"];
+    let line = line_of(&place.shell("ulimit -v 1000000", &args), 1);
+    let number = |before: &str| -> u64 {
+        let rest = line.split(before).nth(1).unwrap_or_else(|| panic!("{line}"));
+        rest.split(' ').next().unwrap().parse().unwrap()
+    };
+    let (needed, available) = (number("not enough memory: "), number("model; "));
+    assert!(needed > 4_000_000_000 && available < 1_024_000_000, "{line}");
+}
+
 /// Wherever memory ends, the program ends with a line, or does what it is asked.
 #[test]
 fn no_limit_of_addresses_kills() {
