@@ -19,7 +19,6 @@ const PRINTING: &[&[&str]] = &[
     &["norms"],
     &["masks"],
     &["forms"],
-    &["models"],
     &["completions", "bash"],
     &["man"],
 ];
