@@ -9,6 +9,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::bytes::io_text;
 use super::write::Sink;
@@ -76,10 +77,11 @@ impl Temporary {
         }
         #[cfg(unix)]
         clean(folder(target));
-        let process = std::process::id();
+        // So that others have rarely taken the name.
+        let moment = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_nanos());
         for attempt in 0..N_NAMES {
             let (begin, end) = ENDS;
-            let path = target.with_file_name(format!("{begin}{process}-{attempt}{end}"));
+            let path = target.with_file_name(format!("{begin}{moment}-{attempt}{end}"));
             let mut own = own();
             // Created anew, so that two writers never share one.
             let file = match File::create_new(&path) {
@@ -174,13 +176,13 @@ fn clean(folder: &Path) {
     }
 }
 
-/// Whether a name is one that writers give: of a process and an attempt.
+/// Whether a name is one that writers give: of a moment and an attempt.
 #[cfg(unix)]
 fn is_temporary(name: &OsStr) -> bool {
     let numbers = name.to_str().and_then(|n| n.strip_prefix(ENDS.0)?.strip_suffix(ENDS.1));
     let pair = numbers.and_then(|numbers| numbers.split_once('-'));
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    pair.is_some_and(|(process, attempt)| is_number(process) && is_number(attempt))
+    pair.is_some_and(|(moment, attempt)| is_number(moment) && is_number(attempt))
 }
 
 /// A file that other processes leave alone until this is dropped or the process ends.
