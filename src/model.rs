@@ -22,7 +22,7 @@ use crate::arch::{Bias, Hparams, LayerHparams, QkNorm, Rope, Scaling, rewritten}
 use crate::attention::{Attention, together};
 use crate::bad_file;
 use crate::error::{Result, excerpt};
-use crate::gguf::Gguf;
+use crate::gguf::{Fate, Gguf};
 use crate::merge::{BLOCK, Geometry};
 use crate::plan::{Plan, PlanFile};
 use crate::quant;
@@ -217,6 +217,8 @@ impl Model {
 
     /// Builds the model of an open file, with the adapters beside it.
     pub fn from_gguf(gguf: Gguf) -> Result<Model> {
+        // Metadata lies in front of them, and so is there as well.
+        gguf.tensors().iter().try_for_each(|tensor| gguf.data(tensor).check())?;
         if is_adapter(&gguf)? {
             bad_file!("this is an adapter, which goes with a model: as --lora beside --model");
         }
@@ -280,6 +282,23 @@ impl Model {
             Err(e) => bad_file!("key \"{}\": {e}", rewritten::FORM),
             Ok(()) => Ok(model),
         }
+    }
+
+    /// Refuses a model whose file has been shortened since it was opened.
+    pub fn check_file(&self) -> Result<()> {
+        self.gguf.tensors().iter().try_for_each(|tensor| {
+            let data = self.gguf.data(tensor);
+            data.check().map_err(|e| data.at(e))
+        })
+    }
+
+    /// What has become of the model's file since it was opened; of the first of its parts that something
+    /// became of.
+    pub fn fate(&self) -> Fate {
+        let mut parts = HashSet::new();
+        let firsts = self.gguf.tensors().iter().filter(|tensor| parts.insert(tensor.place().0));
+        let mut fates = firsts.map(|tensor| self.gguf.data(tensor).fate());
+        fates.find(|fate| *fate != Fate::Same).unwrap_or(Fate::Same)
     }
 
     /// Divisors of the rotation's frequencies in a context of `n_ctx` tokens.
@@ -364,7 +383,9 @@ impl Binder<'_> {
         }
         let format = weight::format_of(tensor)?;
         self.used.insert(name.to_string());
-        let weight = Weight::new(format, [n_in, n_out], self.gguf.data(tensor));
+        let data = self.gguf.data(tensor);
+        data.check()?;
+        let weight = Weight::new(format, [n_in, n_out], data);
         Ok(Weight { loras: self.loras(name)?, ..weight })
     }
 

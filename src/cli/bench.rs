@@ -7,13 +7,14 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::Run;
+use super::memory;
 use super::options::RunArgs;
 use super::terminal::{note, print, print_json, progress};
 use crate::bad_usage;
 use crate::cpu::Limits;
 use crate::engine::{Kind, Threads};
 use crate::error::Result;
-use crate::gguf::Gguf;
+use crate::gguf::{Bytes, Gguf};
 use crate::measure::latency::{Latency, Test, mean_and_deviation, measure, median, percentile};
 use crate::measure::shape;
 use crate::model::Model;
@@ -189,7 +190,9 @@ impl Bench {
     pub(super) fn gguf(&self) -> Result<Gguf> {
         match &self.shape {
             Some(name) => {
-                self.run.model.adapted(shape::synthetic(shape::find(name)?, &self.mixture)?)
+                let file = shape::file(shape::find(name)?, &self.mixture)?;
+                memory::check_made(file.n_bytes()?)?;
+                self.run.model.adapted(Gguf::parse(Bytes::from(file.to_bytes()?))?)
             }
             None => self.run.model.gguf(),
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 use serde_json::Value;
 
+use super::memory;
 use super::options::ModelArgs;
 use super::terminal::{note, print, print_json, read_text};
 use crate::bad_usage;
@@ -110,6 +111,7 @@ impl Heads {
             bad_usage!("{name}: {} tokens; allowed 1 to {MAX_TEXT}", tokens.len());
         }
         let options = Options { n_ctx: Some(tokens.len()), ..Options::default() };
+        memory::check(&model, &options)?;
         let mut session = Session::new(Arc::new(model), &options)?;
         let readings = circuits::read_text(&mut session, selection, &tokens)?;
         let tokenizer = &session.model().tokenizer;

@@ -11,6 +11,7 @@ use super::options::RunArgs;
 use super::sampling::SamplingArgs;
 use super::terminal::{note, print_text, read_text};
 use crate::error::Result;
+use crate::gguf::Lock;
 use crate::session::sampler::Sampler;
 use crate::token::StreamDecoder;
 
@@ -34,7 +35,7 @@ pub(super) struct Generate {
     #[arg(long, conflicts_with_all = ["json_schema", "grammar"])]
     ignore_eos: bool,
     /// File that keeps what was read, so that a prompt that begins alike need not be read again: read if
-    /// it is there, and written at the end
+    /// it is there, and written at the end; for one process at a time
     #[arg(long, value_name = "FILE")]
     session: Option<PathBuf>,
     /// Tells times on stderr at the end
@@ -51,6 +52,7 @@ impl Run for Generate {
     const ABOUT: &'static str = "Continue a text";
 
     fn run(self) -> Result<()> {
+        let _lock = self.session.as_deref().map(Lock::take).transpose()?;
         let prompt = match &self.prompt {
             Some(text) => text.clone(),
             None => read_text(self.file.as_deref())?,

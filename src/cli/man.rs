@@ -8,6 +8,7 @@ use clap_mangen::Man;
 use super::Run;
 use super::terminal::{note, print};
 use crate::error::{Error, Result};
+use crate::gguf::replace_file;
 
 #[derive(Args)]
 pub(super) struct ManPages {
@@ -24,18 +25,27 @@ impl Run for ManPages {
     fn run(self) -> Result<()> {
         let command = super::command().disable_help_subcommand(true);
         let Some(folder) = &self.out else {
-            let mut page = Vec::new();
-            let done = Man::new(command).render(&mut page);
-            done.map_err(|e| Error::Runtime(format!("cannot make the page: {e}")))?;
-            return print(&page);
+            return print(&rendered(&Man::new(command))?);
         };
         let n = 1 + command.get_subcommands().count();
-        let write = || {
-            std::fs::create_dir_all(folder)?;
-            clap_mangen::generate_to(command, folder)
-        };
-        write().map_err(|e| Error::Runtime(format!("cannot write pages: {e}")).at(folder))?;
+        let made = std::fs::create_dir_all(folder);
+        made.map_err(|e| Error::Runtime(format!("cannot write pages: {e}")).at(folder))?;
+        let mut command = command;
+        // Gives commands the names of their pages.
+        command.build();
+        for command in command.get_subcommands().chain([&command]) {
+            let page = Man::new(command.clone());
+            let text = rendered(&page)?;
+            replace_file(&folder.join(page.get_filename()), |out| out(&text))?;
+        }
         note(&format!("{n} pages written"));
         Ok(())
     }
+}
+
+fn rendered(page: &Man) -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    let done = page.render(&mut text);
+    done.map_err(|e| Error::Runtime(format!("cannot make the page: {e}")))?;
+    Ok(text)
 }

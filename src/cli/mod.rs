@@ -20,6 +20,7 @@ mod inspect;
 mod list;
 mod man;
 mod masks;
+mod memory;
 mod merge;
 mod model_file;
 mod models;
@@ -32,6 +33,7 @@ mod quantize;
 mod rpc_worker;
 mod sampling;
 mod serve;
+mod signals;
 mod stores;
 mod template;
 mod terminal;
@@ -47,6 +49,8 @@ use crate::error::{Error, Result};
 trait Run: Args {
     const NAME: &'static str;
     const ABOUT: &'static str;
+    /// Whether it ends at signals in a way of its own.
+    const ENDS_ITSELF: bool = false;
     fn run(self) -> Result<()>;
 }
 
@@ -62,7 +66,12 @@ const fn entry<C: Run>() -> Entry {
         command: || C::augment_args(Command::new(C::NAME).about(C::ABOUT)),
         run: |matches| {
             let command = C::from_arg_matches(matches);
-            command.map_err(|e| Error::Usage(e.to_string().trim().to_string()))?.run()
+            let command = command.map_err(|e| Error::Usage(e.to_string().trim().to_string()))?;
+            signals::guard()?;
+            if !C::ENDS_ITSELF {
+                signals::watch()?;
+            }
+            command.run()
         },
     }
 }
@@ -113,7 +122,7 @@ pub fn run() -> ExitCode {
         |warning| terminal::note(&format!("warning: ggml: {warning}")),
         |end| {
             terminal::note(&format!("error: ggml: {end}"));
-            std::process::exit(1)
+            signals::leave(1)
         },
     );
     // The exit code of a usage error is clap's, 2.

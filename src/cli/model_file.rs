@@ -1,6 +1,7 @@
 //! `-m`: a model's file, by its path or by a name.
 
 use std::borrow::Cow;
+use std::error::Error as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -48,6 +49,7 @@ struct Place {
 impl FileArgs {
     /// The file, without a look at what kind of model it is.
     pub(super) fn gguf(&self) -> Result<Gguf> {
+        start_threads()?;
         match self.path()? {
             Some(path) => Gguf::open(path),
             None => Gguf::parse(Bytes::from(SHIPPED)),
@@ -93,6 +95,16 @@ impl FileArgs {
             Ok(place) => Ok(Some(place)),
             Err(error) => Err(error.clone()),
         }
+    }
+}
+
+/// Starts the threads that take weights apart, which rayon would do at their first use, but not without
+/// ending the program where it cannot.
+fn start_threads() -> Result<()> {
+    // They may have been started before, which is an error without a cause.
+    match rayon::ThreadPoolBuilder::new().build_global().as_ref().map_err(|e| e.source()) {
+        Err(Some(cause)) => Err(Error::Runtime(format!("cannot start threads: {cause}"))),
+        _ => Ok(()),
     }
 }
 

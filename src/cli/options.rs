@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
+use super::memory;
 use super::model_file::FileArgs;
 use super::terminal::{note, progress, read_text, text_or_sample};
 use crate::bad_usage;
@@ -194,6 +195,12 @@ pub(super) struct RunArgs {
     cache_type_v: CacheType,
 }
 
+/// An empty session, if memory has room for it.
+fn started(model: Arc<Model>, options: &Options) -> Result<Session> {
+    memory::check(&model, options)?;
+    Session::new(model, options)
+}
+
 impl ValueEnum for Level {
     fn value_variants<'a>() -> &'a [Level] {
         &Level::ALL
@@ -331,11 +338,11 @@ impl RunArgs {
         // The engine that can be looked into.
         let options = self.options_of(Kind::Cpu, Some(n_ctx), self.one_threads()?)?;
         let model = Arc::new(model);
-        let mut session = Session::new(model.clone(), &options)?;
+        let mut session = started(model.clone(), &options)?;
         let grams = self.grams(&mut session, &plan, &sequences)?;
         let mut plan = plan;
         if forms::has_budget(&plan) {
-            let open = |gguf| Session::new(Arc::new(Model::from_gguf(gguf)?), &options);
+            let open = |gguf| started(Arc::new(Model::from_gguf(gguf)?), &options);
             let base = Base::in_memory(&mut session, &judge, MAX_BASE_BYTES, &mut |_| {})?;
             let Some(mut base) = base else {
                 bad_usage!("--form-tokens: too many for a budget of divergence");
@@ -483,7 +490,7 @@ impl RunArgs {
         n_ctx: Option<usize>,
         n_threads: Threads,
     ) -> Result<Session> {
-        let session = Session::new(model, &self.options_of(engine, n_ctx, n_threads)?)?;
+        let session = started(model, &self.options_of(engine, n_ctx, n_threads)?)?;
         session.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         Ok(session)
     }
@@ -506,7 +513,7 @@ impl RunArgs {
 
     /// An empty session; of warnings nothing is said.
     pub(super) fn quiet_session(&self, model: Arc<Model>, n_ctx: usize) -> Result<Session> {
-        Session::new(model, &self.options(Some(n_ctx), self.one_threads()?)?)
+        started(model, &self.options(Some(n_ctx), self.one_threads()?)?)
     }
 
     /// The numbers of threads, where one session is all there is.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::Run;
-use super::doctor::memory;
+use super::memory::{check, memory};
 use super::options::RunArgs;
 use super::terminal::{note, read_text};
 use crate::arch::Pooling;
@@ -62,6 +62,7 @@ const KEY: &str = "QKOV_API_KEY";
 
 impl Run for Serve {
     const NAME: &'static str = "serve";
+    const ENDS_ITSELF: bool = true;
     const ABOUT: &'static str =
         "Answer requests over HTTP, as OpenAI's servers do, and show a page";
 
@@ -74,7 +75,9 @@ impl Run for Serve {
         // Before the model is read: a port that is in use is known at once.
         let listener = listen(&self.host, self.port)?;
         let model = self.run.open_any()?;
-        let pool = Pool::new(model.clone(), &self.run.pool_options()?)?;
+        let options = self.run.pool_options()?;
+        check(&model, &options)?;
+        let pool = Pool::new(model.clone(), &options)?;
         pool.warnings.iter().for_each(|w| note(&format!("warning: {w}")));
         let n_slots = self.n_slots(&pool)?;
         let (id, names) = self.names();

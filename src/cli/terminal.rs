@@ -5,6 +5,7 @@ use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::signals::leave;
 use crate::error::{Error, Result};
 use crate::measure::SAMPLE;
 
@@ -18,7 +19,7 @@ pub(super) fn print(bytes: &[u8]) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
         Ok(()) => Ok(()),
-        Err(e) if e.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => leave(0),
         Err(e) => Err(Error::Runtime(format!("cannot write to stdout: {e}"))),
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
+use super::mapped::{Fate, Mapped};
 use crate::error::{Error, Result};
 
 /// A cheap, shared view of bytes. Cloning and slicing copy nothing.
@@ -18,7 +19,7 @@ pub struct Bytes {
 
 #[derive(Clone)]
 enum Source {
-    Map(Arc<Mmap>),
+    Map(Arc<Mapped>),
     Static(&'static [u8]),
     Owned(Arc<Vec<u8>>),
 }
@@ -36,16 +37,43 @@ impl Bytes {
             crate::bad_file!("is not a regular file");
         }
         let file = File::open(path).map_err(fail)?;
-        if file.metadata().map_err(fail)?.len() == 0 {
+        let data = file.metadata().map_err(fail)?;
+        if data.len() == 0 {
             crate::bad_file!("file is empty");
         }
         // SAFETY: the map is read-only and private to this process. Another process that shortens
         // the file while it is mapped makes reads fault; that is the known price of mapping, paid
-        // by every runtime that maps weights, and cannot lead to a write.
+        // by every runtime that maps weights, and cannot lead to a write. `mapped_at` tells a
+        // program whose file that was.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(fail)?;
         let range = 0..map.len();
-        Ok(Bytes { source: Source::Map(Arc::new(map)), range })
+        let mapped = Mapped::new(map, path, &data);
+        Ok(Bytes { source: Source::Map(Arc::new(mapped)), range })
+    }
+
+    /// Refuses bytes that their file has no more: reading them would end the process.
+    pub fn check(&self) -> Result<()> {
+        match &self.source {
+            Source::Map(mapped) if !self.is_empty() => mapped.check(self.range.end),
+            _ => Ok(()),
+        }
+    }
+
+    /// What has become of their file since it was opened.
+    pub fn fate(&self) -> Fate {
+        match &self.source {
+            Source::Map(mapped) => mapped.fate(),
+            _ => Fate::Same,
+        }
+    }
+
+    /// Names their file in an error.
+    pub fn at(&self, error: Error) -> Error {
+        match &self.source {
+            Source::Map(mapped) => error.at(mapped.path()),
+            _ => error,
+        }
     }
 
     /// The part of these bytes at `range`; `None` when it reaches outside.
@@ -92,7 +120,7 @@ impl Deref for Bytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         let all: &[u8] = match &self.source {
-            Source::Map(map) => map,
+            Source::Map(mapped) => &mapped.map,
             Source::Static(bytes) => bytes,
             Source::Owned(bytes) => bytes,
         };

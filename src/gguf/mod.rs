@@ -5,15 +5,19 @@
 
 mod bytes;
 mod cursor;
+mod mapped;
 mod read;
+mod replace;
 mod split;
 mod value;
 mod write;
 
 pub use bytes::{Bytes, evict};
+pub use mapped::{Fate, mapped_at};
 pub use read::{Gguf, HALVES, Tensor};
+pub use replace::{Lock, abandon_files, replace_file};
 pub use value::{Array, Value, ValueType};
-pub use write::{Data, Sink, Source, Writer, replace_file};
+pub use write::{Data, Sink, Source, Writer};
 
 use crate::quant::Type;
 

@@ -1,11 +1,9 @@
 //! The writer: a file appears complete under its name, or not at all.
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::bytes::io_text;
+use super::replace::replace_file;
 use super::value::{Value, ValueType};
 use super::{
     Bytes, DEFAULT_ALIGNMENT, Gguf, MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, Tensor, VERSIONS,
@@ -197,9 +195,23 @@ impl<'a> Writer<'a> {
         self.tensor(&tensor.name, tensor.ty, &tensor.dims, gguf.data(tensor))
     }
 
+    /// Bytes of the complete file.
+    pub fn n_bytes(&self) -> Result<u64> {
+        let padded = |n: u64| n.checked_next_multiple_of(self.alignment);
+        let mut sizes = self.tensors.iter().map(|tensor| padded(tensor.n_bytes));
+        let header = padded(self.header()?.len() as u64);
+        match sizes.try_fold(header, |all, n| Some(all?.checked_add(n?))) {
+            Some(Some(n)) => Ok(n),
+            _ => fail!("the file would be too long"),
+        }
+    }
+
     /// The complete file in memory.
     pub fn to_bytes(self) -> Result<Vec<u8>> {
-        let mut out = Vec::new();
+        let (mut out, n) = (Vec::new(), self.n_bytes()?);
+        if usize::try_from(n).ok().is_none_or(|n| out.try_reserve_exact(n).is_err()) {
+            fail!("no memory for a file of {n} bytes");
+        }
         self.emit(&mut |bytes| {
             out.extend_from_slice(bytes);
             Ok(())
@@ -255,7 +267,10 @@ impl Pending<'_> {
     fn emit(self, out: &mut Sink) -> Result<()> {
         let make = match self.data {
             Data::Slice(bytes) => return out(bytes),
-            Data::View(bytes) => return out(&bytes),
+            Data::View(bytes) => {
+                bytes.check().map_err(|e| bytes.at(e))?;
+                return out(&bytes);
+            }
             Data::Stream(make) => make,
         };
         let (name, n_bytes) = (excerpt(&self.name), self.n_bytes);
@@ -308,81 +323,6 @@ fn put_plain(out: &mut Vec<u8>, value: Value<'_>) {
         Value::String(bytes) => put_string(out, bytes),
         Value::Array(_) => {}
     }
-}
-
-/// Writes a file of any kind, replacing one of this name. If anything fails, the old file stays as
-/// it is and nothing is left behind.
-pub fn replace_file(path: &Path, make: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
-    let write = || {
-        // A name that leads elsewhere keeps doing so: what it leads to is replaced.
-        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-        // Replacing `/dev/null` by a file would be a surprise.
-        if target.exists() && !target.is_file() {
-            fail!("is not a regular file");
-        }
-        let (file, temporary) = Temporary::create(&target)?;
-        let mut file = std::io::BufWriter::with_capacity(1 << 20, file);
-        make(&mut |bytes| file.write_all(bytes).map_err(write_error))?;
-        let file = file.into_inner().map_err(|e| write_error(e.into_error()))?;
-        file.sync_all().map_err(write_error)?;
-        drop(file);
-        temporary.rename(&target)
-    };
-    write().map_err(|e: Error| e.at(path))
-}
-
-/// A file that vanishes unless it is renamed.
-struct Temporary {
-    path: Option<PathBuf>,
-}
-
-impl Temporary {
-    /// Creates a file in the folder of `target`, where a rename cannot leave the file system.
-    fn create(target: &Path) -> Result<(File, Temporary)> {
-        if target.file_name().is_none() {
-            fail!("is not the name of a file");
-        }
-        for attempt in 0..100 {
-            // Created anew, so that two writers never share one.
-            let path = target.with_file_name(format!(".qkov-{attempt}.tmp"));
-            match File::create_new(&path) {
-                Ok(file) => return Ok((file, Temporary { path: Some(path) })),
-                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
-                Err(e) => return Err(write_error(e)),
-            }
-        }
-        fail!("cannot write: every temporary name is taken")
-    }
-
-    /// Gives the file its name, durably.
-    fn rename(mut self, target: &Path) -> Result<()> {
-        if let Some(path) = &self.path {
-            std::fs::rename(path, target).map_err(write_error)?;
-        }
-        self.path = None;
-        // The name is an entry of the folder, which has to reach the disk as well. Only on Unix
-        // can a folder be opened for that.
-        #[cfg(unix)]
-        {
-            let folder = target.parent().filter(|p| !p.as_os_str().is_empty());
-            let folder = File::open(folder.unwrap_or(Path::new("."))).map_err(write_error)?;
-            folder.sync_all().map_err(write_error)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // Nobody is left to tell.
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
-fn write_error(error: std::io::Error) -> Error {
-    Error::Runtime(format!("cannot write: {}", io_text(&error)))
 }
 
 impl<'a> Data<'a> {

@@ -104,6 +104,7 @@ impl Session {
                 "--exact is for the engine cpu: ggml rounds activations as its devices do".into(),
             );
         }
+        model.check_file()?;
         let engine = engine::Engine::new(&model, options, n_ctx)?;
         let (timeline, logits) = (Timeline::default(), Vec::new());
         Ok(Session { model, engine, timeline, logits, warnings })

@@ -175,6 +175,7 @@ impl Pool {
         }
         let mut warnings = Vec::new();
         let n_ctx = context(&model, options.n_ctx, &mut warnings)?;
+        model.check_file()?;
         let engine = cpu::Engine::new(&model, options.n_threads, options.pin, options.exact)?;
         let variant = Arc::new(Variant::new(&model, model.plan.clone()));
         let engines = vec![(variant.forms.clone(), engine)];

@@ -123,7 +123,9 @@ fn only_the_edges_touch_the_outside() {
             let found = has(&["std::fs", "File::open", "File::create"]);
             assert_eq!(found, None, "{}", path.display());
         }
-        if !["gguf", "simd", "cpu", "ggml"].contains(&module) {
+        // Handlers of signals are for programs, not for libraries.
+        let handles = path.ends_with("cli/signals.rs");
+        if !["gguf", "simd", "cpu", "ggml"].contains(&module) && !handles {
             assert_eq!(has(&["unsafe ", "allow(unsafe_code)"]), None, "{}", path.display());
         }
         if ["attention", "cpu"].contains(&module) {

@@ -22,6 +22,7 @@ mod engines;
 mod export;
 mod families;
 mod family;
+mod faults;
 mod finite;
 mod forms;
 mod golden;

@@ -1,7 +1,7 @@
 //! The server over HTTP, with a trained model of this project.
 
 mod ends;
-mod http;
+pub mod http;
 mod refusals;
 
 use std::net::SocketAddr;

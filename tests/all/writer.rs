@@ -63,7 +63,9 @@ fn everything<'a>(alignment: u32) -> Writer<'a> {
 #[test]
 fn reads_back_what_it_writes() {
     for alignment in [1, 2, 32, 65_536] {
+        let n_bytes = everything(alignment).n_bytes().unwrap();
         let bytes = everything(alignment).to_bytes().unwrap();
+        assert_eq!(bytes.len() as u64, n_bytes);
         let gguf = Gguf::parse(Bytes::from(bytes.clone())).unwrap();
         assert_eq!((gguf.version, gguf.warnings.len()), (3, 0));
         assert_eq!(gguf.get("i64"), Some(Value::I64(i64::MIN)));

@@ -77,9 +77,10 @@ impl Source {
     pub(super) fn close(&mut self) {
         let Source::Terminal(editor) = self else { return };
         if let Some(path) = history_path() {
-            // A history that cannot be kept is no reason to end with an error.
+            // A history that cannot be kept is no reason to end with an error. What is new goes to the end
+            // of the file, so that neither a kill nor another chat costs what is there.
             let _ = path.parent().map(std::fs::create_dir_all);
-            let _ = editor.save_history(&path);
+            let _ = editor.append_history(&path);
         }
     }
 }

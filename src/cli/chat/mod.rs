@@ -13,10 +13,11 @@ use self::input::{Input, Source};
 use super::Run;
 use super::options::RunArgs;
 use super::sampling::SamplingArgs;
+use super::signals::{at_interrupt, leave};
 use super::terminal::{note, print_text, progress, read_text};
 use crate::bad_usage;
 use crate::error::{Error, Result, escaped};
-use crate::gguf::replace_file;
+use crate::gguf::{Lock, replace_file};
 use crate::session::Session;
 use crate::session::chat::{self, End, Event, Message, Reply};
 
@@ -37,7 +38,7 @@ pub(super) struct Chat {
     #[arg(short, long, value_name = "N")]
     n_predict: Option<usize>,
     /// File that keeps the conversation and what was read of it: goes on with it if it is there, and is
-    /// written after every reply
+    /// written after every reply; for one process at a time
     #[arg(long, value_name = "FILE")]
     session: Option<PathBuf>,
     /// Tells times after every reply
@@ -59,6 +60,7 @@ impl Run for Chat {
     const ABOUT: &'static str = "Talk to a model";
 
     fn run(self) -> Result<()> {
+        let _lock = self.session.as_deref().map(Lock::take).transpose()?;
         let model = self.run.open()?;
         let mut session = self.run.session(model.clone(), self.run.ctx)?;
         let messages = match self.session.as_deref().filter(|path| path.exists()) {
@@ -73,12 +75,8 @@ impl Run for Chat {
         if let Some(system) = talk.args.system.clone() {
             talk.system(&system)?;
         }
-        let handler = ctrlc::set_handler(|| {
-            if !REPLYING.load(Ordering::SeqCst) || STOP.swap(true, Ordering::SeqCst) {
-                std::process::exit(INTERRUPTED);
-            }
-        });
-        handler.map_err(|e| Error::Runtime(format!("cannot watch for Ctrl-C: {e}")))?;
+        // It stops a reply; the second one, or one between replies, ends the chat.
+        at_interrupt(|| REPLYING.load(Ordering::SeqCst) && !STOP.swap(true, Ordering::SeqCst));
         match talk.args.prompt.clone() {
             Some(prompt) => talk.reply(&prompt),
             None => talk.go_on(),
@@ -159,7 +157,7 @@ impl Talk {
                 Input::End => break,
                 Input::Interrupted if interrupted => {
                     source.close();
-                    std::process::exit(INTERRUPTED);
+                    leave(INTERRUPTED);
                 }
                 Input::Interrupted => {
                     note("(Ctrl-C again, Ctrl-D or /exit to leave)");

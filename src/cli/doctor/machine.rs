@@ -4,10 +4,11 @@ use serde_json::{Value, json};
 use sysinfo::{CpuRefreshKind, System};
 
 use super::Check;
+use crate::cli::memory::{memory, system};
 use crate::cpu::Limits;
 use crate::cpu::threads::{can_pin, cores};
 use crate::engine::Threads;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::simd::{self, Level};
 
 /// Below this share of what as many threads as one would do, something keeps them from their cores.
@@ -33,23 +34,6 @@ pub(super) struct Machine {
     /// Of one thread, and of all that have a core.
     pub(super) limits: [(usize, Limits); 2],
     is_pinned: bool,
-}
-
-fn system() -> Result<System> {
-    System::new().map_err(|e| Error::Runtime(format!("the system does not tell what it has: {e}")))
-}
-
-/// Bytes of memory, and those that are free or can be made so, also where a control group limits them.
-pub(in crate::cli) fn memory() -> Result<(u64, u64)> {
-    let mut system = system()?;
-    system.refresh_memory();
-    let (mut total, mut available) = (system.total_memory(), system.available_memory());
-    if let Some(group) = system.cgroup_limits() {
-        total = total.min(group.total_memory);
-        // What it calls free is without pages of files, which can be given back.
-        available = available.min(total.saturating_sub(group.rss));
-    }
-    Ok((total, available))
 }
 
 impl Machine {

@@ -2,12 +2,11 @@
 
 mod machine;
 
-pub(super) use machine::memory;
-
 use clap::Args;
 use serde_json::{Value, json};
 
 use self::machine::{Machine, mb};
+use super::memory::Footprint;
 use super::options::RunArgs;
 use super::terminal::{print, print_json};
 use super::{Run, devices};
@@ -122,7 +121,7 @@ struct Patient<'a> {
     exact: bool,
     /// Tokens of the context of such a run.
     n_ctx: usize,
-    cache_per_token: f64,
+    footprint: Footprint,
     /// What the last token of a full context reads of the cache.
     cache_read: f64,
 }
@@ -141,18 +140,13 @@ impl<'a> Patient<'a> {
             cache.layer_bytes(i) as f64 / N as f64 * n as f64
         });
         let (exact, cache_read) = (run.exact, seen.sum());
-        let cache_per_token = cache.n_bytes() as f64 / N as f64;
-        Ok(Patient { name, model, needs, exact, n_ctx, cache_per_token, cache_read })
-    }
-
-    fn weights(&self) -> u64 {
-        (self.needs.copied_bytes + self.needs.mapped_bytes) as u64
+        let footprint = Footprint::new(model, &needs, run.cache_types())?;
+        Ok(Patient { name, model, needs, exact, n_ctx, footprint, cache_read })
     }
 
     /// Tokens whose keys and values fit beside the weights.
     fn room(&self, machine: &Machine) -> u64 {
-        let free = machine.memory_available.saturating_sub(self.weights());
-        (free as f64 / self.cache_per_token.max(1.0)) as u64
+        self.footprint.room(machine.memory_available)
     }
 
     /// Tokens per second at most: after nothing, after a full context, and of a prompt.
@@ -245,11 +239,12 @@ impl<'a> Patient<'a> {
 
     /// Whether weights and cache fit memory.
     fn fits(&self, machine: &Machine) -> Check {
-        let cache = (self.cache_per_token * self.n_ctx as f64) as u64;
-        let all = self.weights() + cache;
+        let cache = self.footprint.cache(self.n_ctx);
+        let weights = self.footprint.weights();
+        let all = weights + cache;
         let text = format!(
             "weights {} MB, cache of {} tokens {} MB; {} MB are available",
-            mb(self.weights()),
+            mb(weights),
             self.n_ctx,
             mb(cache),
             mb(machine.memory_available)
@@ -269,7 +264,7 @@ impl<'a> Patient<'a> {
         let trained = self.model.hparams.n_ctx_train;
         let text = format!(
             "{:.0} bytes of cache a token; memory has room for {} tokens, trained for {trained}",
-            self.cache_per_token,
+            self.footprint.per_token,
             self.room(machine)
         );
         match self.n_ctx > trained {
@@ -290,8 +285,8 @@ impl<'a> Patient<'a> {
             "n_ctx_train": self.model.hparams.n_ctx_train,
             "n_ctx_memory": self.room(machine),
             "weight_bytes_per_token": self.needs.weight_bytes,
-            "cache_bytes_per_token": self.cache_per_token,
-            "memory_bytes": self.weights() + (self.cache_per_token * self.n_ctx as f64) as u64,
+            "cache_bytes_per_token": self.footprint.per_token,
+            "memory_bytes": self.footprint.weights() + self.footprint.cache(self.n_ctx),
             "n_products": self.needs.n_products,
             "decoded": decoded.map(|(name, bytes)| json!({"format": name, "bytes": bytes}))
                 .collect::<Vec<_>>(),

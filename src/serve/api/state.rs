@@ -104,6 +104,7 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Response<Body> {
         "n_ctx": app.n_ctx,
         "cache_bytes": status.cache_bytes,
         "tokens_per_second": status.tokens_per_second,
+        "model_file": app.model.fate().name(),
     });
     answer(StatusCode::OK, &body)
 }
