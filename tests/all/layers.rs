@@ -163,3 +163,37 @@ fn files_stay_readable() {
         assert!(source.starts_with("//!"), "{} does not say what it is", path.display());
     });
 }
+
+/// Blocks and implementations that the compiler cannot check.
+fn n_unsafe(source: &str) -> usize {
+    let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
+    code.map(|l| l.matches("unsafe {").count() + l.matches("unsafe impl").count()).sum()
+}
+
+/// `SECURITY.md` has a line for every place with unsafe code, which says how many blocks there are.
+#[test]
+fn unsafe_blocks_are_counted() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let told = std::fs::read_to_string(root.join("SECURITY.md")).unwrap();
+    let mut paths = Vec::new();
+    sources(&root.join("src"), &mut paths);
+    sources(&root.join("vendor/ggml-rs/src"), &mut paths);
+    let rows = told.lines().filter_map(|line| {
+        let (place, n) = line.strip_prefix("| `")?.split_once("` | ")?;
+        Some((place, n.split(' ').next()?.parse::<usize>().ok()?))
+    });
+    let rows: Vec<(&str, usize)> = rows.collect();
+    let mut found = vec![0; rows.len()];
+    for path in paths {
+        let n = n_unsafe(&std::fs::read_to_string(&path).unwrap());
+        let own = path.strip_prefix(root).unwrap();
+        let at = (0..rows.len()).filter(|i| own.starts_with(rows[*i].0));
+        match at.max_by_key(|i| rows[*i].0.len()) {
+            Some(i) => found[i] += n,
+            None => assert_eq!(n, 0, "{} is not told of", own.display()),
+        }
+    }
+    for ((place, n), found) in rows.iter().zip(found) {
+        assert_eq!(found, *n, "{place}");
+    }
+}

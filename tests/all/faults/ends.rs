@@ -25,6 +25,8 @@ fn is_ignored(number: i32) -> bool {
 }
 
 fn ends(mut child: Child, (name, number): (&str, i32), what: &str) {
+    // Waiting would close it, and that ends a chat as well.
+    let _held = child.stdin.take();
     let start = Instant::now();
     signal(&child, name);
     let status = child.wait().unwrap();
