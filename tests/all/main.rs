@@ -38,6 +38,7 @@ mod normalizers;
 mod observe;
 #[cfg(feature = "ggml")]
 mod oracle;
+mod plans;
 mod pool;
 mod quality;
 mod quant;
