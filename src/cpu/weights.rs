@@ -125,7 +125,7 @@ impl Matrices {
             Error::Runtime(format!("no memory for {} MB of weights: {e}", total / 1_000_000))
         })?;
         // Fewer page faults and look-ups; a system without them is only slower.
-        #[cfg(target_os = "linux")]
+        #[cfg(all(target_os = "linux", not(miri)))]
         let _ = arena.advise(memmap2::Advice::HugePage);
         team.enter(team.n_threads(), |crew| {
             let mut rest = &mut arena[..];
