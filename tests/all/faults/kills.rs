@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::writes::{Kind, WRITES};
 use super::{Place, Random, names, until};
 
-/// Kills in all, spread over all kinds of files.
+/// Kills in all, spread over all kinds of files; `QKOV_KILLS` says how many of each kind instead.
 const N_KILLS: usize = 200;
 
 /// What the kills of a kind met.
@@ -78,7 +78,8 @@ fn check(kind: &Kind, random: &mut Random, n: usize) -> Met {
 #[test]
 fn a_kill_leaves_the_old_file_or_the_new_one() {
     let mut random = Random(7);
-    let n = N_KILLS.div_ceil(WRITES.len());
+    let asked = std::env::var("QKOV_KILLS").ok().map(|n| n.parse().unwrap());
+    let n = asked.unwrap_or(N_KILLS.div_ceil(WRITES.len()));
     let mut within = 0;
     for kind in WRITES {
         let met = check(kind, &mut random, n);
