@@ -53,6 +53,44 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|x| f64::from(*x)).collect()
 }
 
+/// Products of rows of `k` activations with rows of a layout, as the CPU engine computes them. `[n, rows]`
+pub fn multiplied(layout: usize, k: usize, rows: &[Vec<u8>], x: &[f32]) -> Vec<f32> {
+    let n = x.len() / k;
+    let tile = tile_of(n);
+    let all = n.next_multiple_of(tile) * k;
+    let (mut quants, mut scales) = (vec![0; all], vec![0.0; all / 32]);
+    let (mut sums16, mut sums32) = (vec![0.0; all / 16], vec![0.0; all / 32]);
+    for (t, row) in x.chunks_exact(k).enumerate() {
+        let at = t / tile * tile * k;
+        let sums = (&mut sums16[at / 16..], &mut sums32[at / 32..]);
+        let (q, s) = (&mut quants[at..], &mut scales[at / 32..]);
+        simd::quantize(row, t % tile, tile, q, s, sums.0, sums.1);
+    }
+    let mut pairs = vec![0; n * k / 2];
+    simd::round_pairs(x, &mut pairs);
+    let view = Activations {
+        n,
+        stride: k,
+        floats: x,
+        tile,
+        quants: &quants,
+        scales: &scales,
+        sums16: &sums16,
+        sums32: &sums32,
+        pairs: &pairs,
+        low: &[],
+    };
+    let packed = Packed::new(layout, k, rows);
+    let mut out = vec![f32::NAN; n * rows.len()];
+    let columns = Columns::new(&mut out, rows.len());
+    // SAFETY: nobody else knows `out`.
+    #[allow(unsafe_code)]
+    unsafe {
+        multiply(&packed.panels(), &view, &mut Scratch::default(), columns, 0)
+    };
+    out
+}
+
 /// Products of `n` rows of activations with rows of a format.
 fn products(format: &Format, layout: usize, k: usize, n: usize, seed: &mut u64) {
     let rows: Vec<Vec<u8>> = (0..3 * LANES).map(|_| format.random_row(k, seed)).collect();
@@ -65,38 +103,7 @@ fn products(format: &Format, layout: usize, k: usize, n: usize, seed: &mut u64) 
             exact.push(w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum());
         }
     }
-    let tile = tile_of(n);
-    let all = n.next_multiple_of(tile) * k;
-    let (mut quants, mut scales) = (vec![0; all], vec![0.0; all / 32]);
-    let (mut sums16, mut sums32) = (vec![0.0; all / 16], vec![0.0; all / 32]);
-    for (t, row) in x.chunks_exact(k).enumerate() {
-        let at = t / tile * tile * k;
-        let sums = (&mut sums16[at / 16..], &mut sums32[at / 32..]);
-        let (q, s) = (&mut quants[at..], &mut scales[at / 32..]);
-        simd::quantize(row, t % tile, tile, q, s, sums.0, sums.1);
-    }
-    let mut pairs = vec![0; n * k / 2];
-    simd::round_pairs(&x, &mut pairs);
-    let view = Activations {
-        n,
-        stride: k,
-        floats: &x,
-        tile,
-        quants: &quants,
-        scales: &scales,
-        sums16: &sums16,
-        sums32: &sums32,
-        pairs: &pairs,
-        low: &[],
-    };
-    let packed = Packed::new(layout, k, &rows);
-    let mut out = vec![f32::NAN; n * rows.len()];
-    let columns = Columns::new(&mut out, rows.len());
-    // SAFETY: nobody else knows `out`.
-    #[allow(unsafe_code)]
-    unsafe {
-        multiply(&packed.panels(), &view, &mut Scratch::default(), columns, 0)
-    };
+    let out = multiplied(layout, k, &rows, &x);
     below(PRODUCT, &format!("{} x {n} rows of {k}", format.ty.name), &out, &exact);
 }
 

@@ -1,18 +1,16 @@
 //! Tensor formats against ggml, all of its types.
-#![allow(unsafe_code)]
 
 use std::sync::Arc;
 
 use ggml::Type;
-use qkov::cpu::kernels::{Activations, LANES, Packed, Scratch, layout_of, multiply, tile_of};
-use qkov::cpu::threads::Columns;
+use qkov::cpu::kernels::layout_of;
 use qkov::engine::{CacheType, Threads};
 use qkov::gguf::Gguf;
 use qkov::model::Model;
 use qkov::quant::{FORMATS, Format, format_of, is_rare, type_of};
 use qkov::session::{Options, Session};
-use qkov::simd;
 
+use crate::nmse;
 use crate::tiny::Tiny;
 
 /// Elements of a row: many blocks of any type.
@@ -93,29 +91,7 @@ fn allowed(format: &Format) -> f32 {
 /// The product of a row with `x`, as the CPU engine computes it.
 fn multiplied(format: &Format, row: &[u8], x: &[f32]) -> f32 {
     let Some(layout) = layout_of(format) else { return format.dot(row, x) };
-    let packed = Packed::new(layout, N, &[row.to_vec()]);
-    let (mut quants, mut scales) = (vec![0; N], vec![0.0; N / 32]);
-    let (mut sums16, mut sums32) = (vec![0.0; N / 16], vec![0.0; N / 32]);
-    simd::quantize(x, 0, 1, &mut quants, &mut scales, &mut sums16, &mut sums32);
-    let mut pairs = vec![0; N / 2];
-    simd::round_pairs(x, &mut pairs);
-    let x = Activations {
-        n: 1,
-        stride: N,
-        floats: x,
-        tile: tile_of(1),
-        quants: &quants,
-        scales: &scales,
-        sums16: &sums16,
-        sums32: &sums32,
-        pairs: &pairs,
-        low: &[],
-    };
-    let mut out = vec![f32::NAN; LANES];
-    let columns = Columns::new(&mut out, LANES);
-    // SAFETY: nobody else knows `out`.
-    unsafe { multiply(&packed.panels(), &x, &mut Scratch::default(), columns, 0) };
-    out[0]
+    nmse::multiplied(layout, N, &[row.to_vec()], x)[0]
 }
 
 /// Ours rounds activations to 8 bits in blocks of 32, if at all; ggml's in blocks of 32 or 256.

@@ -33,6 +33,16 @@ macro_rules! args {
     };
 }
 
+/// A comparison that takes little time.
+macro_rules! compare {
+    ($($arg:literal),*) => {
+        args!(
+            "compare", "-f", "text", "-c", "16", "-n", "4", "--windows", "2", "--trials", "0", "--rounds",
+            "0", "--no-yardsticks" $(, $arg)*
+        )
+    };
+}
+
 /// All of them.
 pub static WRITES: &[Kind] = &[
     write(
@@ -141,92 +151,14 @@ pub static WRITES: &[Kind] = &[
     write(
         "comparison",
         "c.json",
-        args!(
-            "compare",
-            "-f",
-            "text",
-            "-c",
-            "16",
-            "-n",
-            "4",
-            "--windows",
-            "2",
-            "--trials",
-            "0",
-            "--rounds",
-            "0",
-            "--no-yardsticks",
-            "--norm",
-            "relu",
-            "-o",
-            "c.json"
-        ),
-        args!(
-            "compare",
-            "-f",
-            "text",
-            "-c",
-            "16",
-            "-n",
-            "4",
-            "--windows",
-            "2",
-            "--trials",
-            "0",
-            "--rounds",
-            "0",
-            "--no-yardsticks",
-            "--norm",
-            "relu",
-            "--norm",
-            "sigmoid",
-            "-o",
-            "c.json"
-        ),
+        compare!("--norm", "relu", "-o", "c.json"),
+        compare!("--norm", "relu", "--norm", "sigmoid", "-o", "c.json"),
     ),
     write(
         "page of a comparison",
         "c.html",
-        args!(
-            "compare",
-            "-f",
-            "text",
-            "-c",
-            "16",
-            "-n",
-            "4",
-            "--windows",
-            "2",
-            "--trials",
-            "0",
-            "--rounds",
-            "0",
-            "--no-yardsticks",
-            "--norm",
-            "relu",
-            "--html",
-            "c.html"
-        ),
-        args!(
-            "compare",
-            "-f",
-            "text",
-            "-c",
-            "16",
-            "-n",
-            "4",
-            "--windows",
-            "2",
-            "--trials",
-            "0",
-            "--rounds",
-            "0",
-            "--no-yardsticks",
-            "--norm",
-            "sigmoid",
-            "--html",
-            "c.html"
-        ),
+        compare!("--norm", "relu", "--html", "c.html"),
+        compare!("--norm", "sigmoid", "--html", "c.html"),
     ),
     write(
         "model in another form",
